@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer, BlipForImageTextRetrieval, CLIPModel, SiglipModel
 
 from elip_models.images import CLIP_STATS, Stats
@@ -83,7 +83,7 @@ class HFImageText(ImageTextModel):
         return {"pixel_values": images, "input_ids": random_ids(images, *sizes)}
 
     def image_stats(self) -> Stats:
-        """Return the mean and standard deviation that normalise images, or None if unknown."""
+        """Return the mean and standard deviation that normalise images."""
         return image_stats_of(self.model) or default_stats(self.model, "CLIP", CLIP_STATS)
 
     def load_tokenizer(self, name: str) -> Any:
@@ -106,11 +106,24 @@ class HFImageText(ImageTextModel):
         return {name: text[name] for name in names}
 
     def tracing(self) -> AbstractContextManager:
-        """Return a fake tensor mode, since transformers reads the values of its masks.
+        """Return a mode for masks, of which transformers asks whether they hide a token."""
+        return MasksWithoutValues()
 
-        Fake tensors are slower than meta tensors.
-        """
-        return FakeTensorMode(allow_non_fake_inputs=True)
+
+class MasksWithoutValues(TorchFunctionMode):
+    """A mode in which a meta tensor is False, so that no mask is left out."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch."""
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False
+        return func(*args, **kwargs or {})
 
 
 class HFClip(HFImageText):
@@ -135,7 +148,7 @@ class HFSiglip(HFImageText):
     reads_padding = True
 
     def refuses(self) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
+        """Return why the text cannot guide the images, in one sentence, or None if it can."""
         return self._refuses_width(self.model.config.text_config.projection_size)
 
 
@@ -152,7 +165,7 @@ class HFBlip(HFImageText):
     reads_patches = True  # its text encoder attends to them
 
     def refuses(self) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
+        """Return why the text cannot guide the images, in one sentence, or None if it can."""
         return self._refuses_width(self.model.config.text_config.hidden_size)
 
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -135,7 +135,7 @@ class OpenClipTower(Tower):
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the tokens before block 0 of images (B, 3, H, W)."""
-        return self.model._embeds(images)
+        return self.patchify(images)
 
     def projected(self, attn: nn.Module, x: Tensor) -> Tensor:
         """Return queries, keys and values (B, N, D) of `x`, after the norm, in one tensor."""
@@ -180,7 +180,7 @@ class OpenClipImageText(ImageTextModel):
         return isinstance(model, (CLIP, CustomTextCLIP, CoCa))
 
     def refuses(self) -> str | None:
-        """Return why the model cannot be a tower, in one sentence, or None if it can."""
+        """Return why the text cannot guide the images, in one sentence, or None if it can."""
         if getattr(self.image_model, "attn_pool", None) is not None:
             return "its image tower pools into the width of its text, with no projection to go back"
         layers = _layers_behind(self.image_model)
@@ -210,7 +210,7 @@ class OpenClipImageText(ImageTextModel):
         return {"image": images, "text": random_ids(images, length, vocab_size, vocab_size - 1)}
 
     def image_stats(self) -> Stats:
-        """Return the mean and standard deviation that normalise images, or None if unknown."""
+        """Return the mean and standard deviation that normalise images."""
         stats = _stats_of(self.image_model)
         return stats or default_stats(self.image_model, "CLIP", CLIP_STATS)
 

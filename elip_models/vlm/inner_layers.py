@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from elip_kernels import cls_attention
 from elip_models.engine.model_methods import keep_handles
-from elip_models.vlm.attention_probe import Watcher, watch
+from elip_models.vlm.attention_probe import Watcher, implementation_of, watch
 from elip_models.vlm.budget import parts
 from elip_models.vlm.cache_state import CacheState, cache_in
 from elip_models.vlm.call import InnerCall, PromptCall, current_call
@@ -47,8 +47,8 @@ class InnerLayers(Watcher):
 
     @property
     def is_flash(self) -> bool:
-        """Return whether attention takes a mask (B, N); `set_attn_implementation` changes it."""
-        return "flash" in (self.config._attn_implementation or "")
+        """Return whether attention takes a mask (B, N)."""
+        return "flash" in implementation_of(self.config)
 
     def install(self, multimodal: Multimodal) -> None:
         """Register hooks behind those of `PromptReduction`; watch the layers before the drops."""
