@@ -4,7 +4,7 @@ Several models may share one config object while only one of them is reduced. So
 written into a copy, which the modules of that model use instead. `remove_from_config` restores the
 shared object, unless the copy has changed otherwise.
 
-A model that transformers makes of such a config is dense, about which a hook of PyTorch warns.
+A model that transformers makes of such a config is dense, until `reduce_` applies what it stores.
 """
 
 import copy
@@ -12,13 +12,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from elip_models.engine.reduced_model import Reduction
 from elip_models.strategies.serialization import check_stored, settings_of, strategy_of
 from elip_models.strategies.strategy import Strategy
-from elip_models.towers import ImageTextModel, Tower, library_of
-from elip_models.user_warnings import warn_once
+from elip_models.towers import ImageTextModel, Tower
 from elip_models.validation import as_config_error
 
 LANGUAGE_MODEL = "language_model"
@@ -88,24 +86,3 @@ def stored_in(config: Any) -> Any:
 def _config_of(module: nn.Module) -> Any:
     """Return the module's own config, or None."""
     return vars(module).get("config")
-
-
-def _warn_of_dense_model(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Warn once if transformers makes a model whose config stores a reduction.
-
-    PyTorch calls it for every module that gets a child. Only one that is being made has none yet.
-    """
-    config = _config_of(module)
-    own = getattr(config, "__dict__", {})  # a config's __getattr__ may raise anything
-    if not isinstance(own.get("elip"), dict) or any(module.children()):
-        return
-    if library_of(module) == "transformers":
-        warn_once(
-            f"{type(config).__name__}.elip: transformers does not apply the reduction that this "
-            "config stores, so the model is dense; call elip_models.reduce_(model), or load its "
-            "folder by elip_models.load_reduced",
-            UserWarning,
-        )
-
-
-register_module_module_registration_hook(_warn_of_dense_model)

@@ -20,6 +20,7 @@ from elip_models.engine.model_methods import (
     PatchEmbedding,
     Refusal,
     hide_reductions,
+    keep_handles,
     remove_hooks,
     show_reduction,
     shown_reduction,
@@ -178,8 +179,9 @@ def _install_methods(reduction: Reduction) -> None:
 
 def _hook(module: nn.Module, hook: Hook) -> None:
     """Register the hook before and after the module's forward."""
-    module.register_forward_pre_hook(hook, with_kwargs=True)
-    module.register_forward_hook(hook, with_kwargs=True, always_call=True)
+    before = module.register_forward_pre_hook(hook, with_kwargs=True)
+    after = module.register_forward_hook(hook, with_kwargs=True, always_call=True)
+    keep_handles(module, hook, before, after)
 
 
 def uninstall_strategy(model: nn.Module) -> None:

@@ -1,11 +1,12 @@
 """The replacements of methods, and the hooks, that `reduce_` installs beside its blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import UnionType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from elip_models.engine import call_context
 from elip_models.engine.call_context import Guide
@@ -14,6 +15,8 @@ from elip_models.towers.base import original_method, scoring_context
 from elip_models.towers.module_references import ModuleReference, strongly, weakly
 
 MODEL_MASKS = ("attention_mask", "pixel_attention_mask", "patch_attention_mask")
+HANDLES = "elip_handles"
+"""The attribute of a module with the handles of the hooks of this library, and their owners."""
 
 
 class PatchEmbedding:
@@ -215,21 +218,29 @@ def hide_reductions(model: nn.Module, kind: type) -> None:
             model.extra_repr = shown.replaced
 
 
+def keep_handles(module: nn.Module, owner: Any, *handles: RemovableHandle) -> None:
+    """Keep the handles of hooks with their module; `owner` implements them.
+
+    A copy or a pickle of the module has handles of its own hooks.
+    """
+    vars(module).setdefault(HANDLES, []).extend((owner, handle) for handle in handles)
+
+
+def owners_of_hooks(module: nn.Module) -> Iterator[Any]:
+    """Yield the objects that implement the hooks of the module whose handles it keeps."""
+    return (owner for owner, _ in vars(module).get(HANDLES, ()))
+
+
 def remove_hooks(module: nn.Module, kinds: type | UnionType) -> None:
-    """Remove the forward hooks that are instances of `kinds`, or their methods."""
-    tables = (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        (
-            module._forward_hooks,
-            module._forward_hooks_with_kwargs,
-            module._forward_hooks_always_called,
-        ),
-    )
-    for hooks, *marks in tables:
-        for key, hook in list(hooks.items()):
-            if isinstance(hook, kinds) or isinstance(getattr(hook, "__self__", None), kinds):
-                for table in (hooks, *marks):
-                    table.pop(key, None)
+    """Remove the module's own hooks whose owners are instances of `kinds`."""
+    others = []
+    for owner, handle in vars(module).pop(HANDLES, ()):
+        if isinstance(owner, kinds):
+            handle.remove()
+        else:
+            others.append((owner, handle))
+    if others:
+        vars(module)[HANDLES] = others
 
 
 class Refusal:

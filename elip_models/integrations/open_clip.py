@@ -4,17 +4,18 @@
     torchrun --nproc-per-node 4 -m elip_models.open_clip_train --reduce tome:r=8 --model ..
 
 All other arguments go to `open_clip_train.main`, which has no hook between creating a model and
-training it. Therefore its `main` runs with one replaced global: its `create_model_and_transforms`
-also reduces the model. Files and modules of open_clip are not changed. Checkpoints have open_clip's
-format. Only the log contains the reduction, so `--reduce` has to be given again when training
-resumes.
+training it. Therefore the script is loaded as a module of its own, whose
+`create_model_and_transforms` also reduces the model. The modules that other code imports are not
+changed. Checkpoints have open_clip's format. Only the log contains the reduction, so `--reduce` has
+to be given again when training resumes.
 """
 
 import argparse
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from types import FunctionType
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -26,9 +27,13 @@ from elip_models.strategies.spec import check_keep, get_strategy
 from elip_models.strategies.strategy import Strategy
 from elip_models.validation import install_command
 
-CREATE = "create_model_and_transforms"
+SCRIPT, CREATE = "open_clip_train.main", "create_model_and_transforms"
 TESTED = ("3.0", "3.3")
 """The first and the last release of open_clip_torch with which its script was run."""
+OTHER_SCRIPT = (
+    f"{SCRIPT}: expected a script that creates its model by {CREATE}, got another; install "
+    f"open_clip_torch {TESTED[0]} to {TESTED[1]}, with which this was tested"
+)
 GUIDED_VALIDATION_ERROR = (
     "--val-data: expected none with a strategy that the caption guides: open_clip encodes each "
     "image with its own caption there, which leaks the right answer into the ranking; use "
@@ -39,7 +44,8 @@ GUIDED_VALIDATION_ERROR = (
 def main(arguments: Sequence[str]) -> int | None:
     """Train as open_clip does and return what its `main` returns, -1 if that does not run.
 
-    Invalid arguments raise SystemExit, a model that cannot be reduced raises TypeError.
+    Invalid arguments raise SystemExit. A model that cannot be reduced, and a release of open_clip
+    whose script does not call `create_model_and_transforms`, raise TypeError.
     """
     parser = argparse.ArgumentParser(
         prog="elip_models.open_clip_train",
@@ -56,7 +62,7 @@ def main(arguments: Sequence[str]) -> int | None:
     except (TypeError, ValueError) as error:
         parser.error(f"--reduce: {error}")
     try:
-        from open_clip_train import main as script
+        script = load_script()
     except ImportError as error:
         raise ImportError(
             f"open_clip's training needs {error.name}: {install_command('open-clip-train')}"
@@ -64,8 +70,22 @@ def main(arguments: Sequence[str]) -> int | None:
     if script.parse_args(others).val_data is not None and strategy.is_guided:
         parser.error(GUIDED_VALIDATION_ERROR)
     with ExitStack() as stack:
-        create = reduce_first_model(getattr(script, CREATE), options, stack)
-        return with_globals(script.main, **{CREATE: create})(others)
+        create = ReduceFirstModel(getattr(script, CREATE), options, stack)
+        setattr(script, CREATE, create)
+        code = script.main(others)
+    if code is None and not create.made:
+        raise TypeError(OTHER_SCRIPT)
+    return code
+
+
+def load_script() -> ModuleType:
+    """Return a module of open_clip's script that no other code imports."""
+    spec = find_spec(SCRIPT)
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    if not hasattr(script, CREATE):
+        raise TypeError(OTHER_SCRIPT)
+    return script
 
 
 def parse_reduce(words: Sequence[str]) -> tuple[Strategy, dict[str, Any]]:
@@ -86,35 +106,27 @@ def parse_reduce(words: Sequence[str]) -> tuple[Strategy, dict[str, Any]]:
     return strategy, options
 
 
-def with_globals(function: FunctionType, **names: Any) -> Callable[..., Any]:
-    """Return a copy of a function whose globals include `names`; its module does not change."""
-    unread = names.keys() - set(function.__code__.co_names)
-    if unread:
-        raise TypeError(
-            f"{function.__module__}.{function.__name__}: expected a function that calls "
-            f"{', '.join(sorted(unread))}, got another; install open_clip_torch {TESTED[0]} to "
-            f"{TESTED[1]}, with which this was tested"
-        )
-    return FunctionType(function.__code__, function.__globals__ | names)
-
-
-def reduce_first_model(
-    create: Callable[..., Any], options: dict[str, Any], stack: ExitStack
-) -> Callable[..., Any]:
-    """Wrap `create` so that its first model is reduced; the next one, a teacher, stays dense.
+class ReduceFirstModel:
+    """A function like `create` whose first model is reduced; the next one, a teacher, stays dense.
 
     Until `stack` ends, each caption guides its own image, if the strategy reads a text.
     """
-    made: list[nn.Module] = []
 
-    def create_reduced(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        model, *transforms = create(*args, **kwargs)
-        if not made:
-            reduction = reduction_of(reduce_(model, **options))
+    def __init__(
+        self, create: Callable[..., Any], options: dict[str, Any], stack: ExitStack
+    ) -> None:
+        self.create = create
+        self.options = options
+        self.stack = stack
+        self.made: list[nn.Module] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Create a model and its transforms."""
+        model, *transforms = self.create(*args, **kwargs)
+        if not self.made:
+            reduction = reduction_of(reduce_(model, **self.options))
             if reduction.strategy.is_guided and reduction.image_text is not None:
-                stack.enter_context(guidance(model, paired=True))
-            logging.info("Image tower reduced: %s", options)
-        made.append(model)
+                self.stack.enter_context(guidance(model, paired=True))
+            logging.info("Image tower reduced: %s", self.options)
+        self.made.append(model)
         return model, *transforms
-
-    return create_reduced

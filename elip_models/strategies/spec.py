@@ -23,9 +23,11 @@ from elip_models.strategies.strategy import Strategy
 from elip_models.towers import Tower
 from elip_models.validation import (
     Count,
+    NonNegative,
     PositiveInt,
     PositiveShare,
     Rate,
+    Share,
     did_you_mean,
     mismatch_error,
     plain_number,
@@ -47,8 +49,8 @@ S = TypeVar("S", bound=Strategy)
 class StrategyOptions(ELIPOptions, total=False):
     """The options of all built-in strategies beside `schedule`, as keyword arguments.
 
-    Written by hand, because type checkers read no table: this is what editors complete and mypy
-    checks. At run time the fields of the strategy's class decide.
+    They include those of language models. Written by hand, because type checkers read no table:
+    this is what editors complete and mypy checks. At run time the fields of the class decide.
     """
 
     r: Count | Rate | tuple[Count, ...] | None
@@ -63,6 +65,12 @@ class StrategyOptions(ELIPOptions, total=False):
     attention_gradient: bool | None
     until: Count | None
     size: PositiveInt | None
+    decrease: Share | None
+    relevance: bool | None
+    contextual: Share | None
+    tolerance: NonNegative | None
+    layer: PositiveInt | None
+    stages: PositiveInt | None
 
 
 def resolve_strategy(

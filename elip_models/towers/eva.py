@@ -19,7 +19,9 @@ from timm.layers.pos_embed_sincos import (
     RotaryEmbeddingCat,
     RotaryEmbeddingDinoV3,
     RotaryEmbeddingMixed,
+    build_rotary_pos_embed,
     get_mixed_freqs,
+    get_mixed_grid,
 )
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
@@ -118,7 +120,8 @@ class EvaTower(PlainTimm):
     def coordinates(self) -> Tensor:
         rope, table = self.model.rope, self.ropes
         if self.is_mixed:
-            grid = rope._get_grid_values(self.grid_of(self.image_size))
+            size, indexing = list(self.grid_of(self.image_size)), rope.grid_indexing
+            grid = get_mixed_grid(size, grid_indexing=indexing, device=rope.freqs.device)
             return torch.stack(grid, dim=1).double()
         table = self._ropes() if table is None else table
         sin, cos = (table[:, 0] if table.dim() == 4 else table).chunk(2, -1)
@@ -176,7 +179,11 @@ class EvaTower(PlainTimm):
         if grid == own:
             return rope.get_embed()
         if isinstance(rope, RotaryEmbeddingCat):  # which stores those of one size
-            return rope._build_embed_cat(grid, rope.bands, dtype=rope.pos_embed.dtype)
+            names = ("bands", "in_pixels", "ref_feat_shape", "grid_offset", "grid_indexing")
+            names += ("rotate_half", "grid_type", "normalize_coords")
+            settings = {name: getattr(rope, name) for name in names}
+            embeds = build_rotary_pos_embed(grid, **settings, dtype=rope.pos_embed.dtype)
+            return torch.cat(embeds, dim=-1)
         return rope.get_embed(shape=grid)
 
     def _rope(self, i: int) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer, BlipForImageTextRetrieval, CLIPModel, SiglipModel
 
 from elip_models.images import CLIP_STATS, Stats
@@ -98,11 +98,24 @@ class HFImageText(ImageTextModel):
         return {name: text[name] for name in names}
 
     def tracing(self) -> AbstractContextManager:
-        """Return a fake tensor mode, since transformers reads the values of its masks.
+        """Return a mode for masks, of which transformers asks whether they hide a token."""
+        return MasksWithoutValues()
 
-        Fake tensors are slower than meta tensors.
-        """
-        return FakeTensorMode(allow_non_fake_inputs=True)
+
+class MasksWithoutValues(TorchFunctionMode):
+    """A mode in which a meta tensor is False, so that no mask is left out."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch."""
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False
+        return func(*args, **kwargs or {})
 
 
 class HFClip(HFImageText):

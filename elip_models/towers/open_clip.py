@@ -127,7 +127,7 @@ class OpenClipTower(Tower):
         return model.ln_pre(tokens + positions.to(tokens.dtype))
 
     def embed(self, images: Tensor) -> Tensor:
-        return self.model._embeds(images)
+        return self.patchify(images)
 
     def projected(self, attn: nn.Module, x: Tensor) -> Tensor:
         return in_projection(attn)(x)

@@ -122,7 +122,7 @@ class ImageModel(ReducibleModel):
         self.image_model = tower.model
 
     def random_inputs(self, images: Tensor) -> dict[str, Any]:
-        """Return the forward's arguments: images (B, 3, H, W), and random texts of full length."""
+        """Return the forward's arguments: `images` (B, 3, H, W), and random `text_cls` (B, D)."""
         like = {"device": images.device, "dtype": images.dtype}
         return {"images": images, "text_cls": torch.randn(len(images), self.tower.width, **like)}
 

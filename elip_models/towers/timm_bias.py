@@ -84,8 +84,8 @@ class BiasTower(PlainTimm):
     def _own_bias(self, i: int) -> Tensor | None:
         attn = self._attention(i)
         if self.is_beit:
-            has_table = attn.relative_position_bias_table is not None
-            return attn._get_rel_pos_bias() if has_table else None
+            table = attn.relative_position_bias_table
+            return None if table is None else table[attn.relative_position_index].permute(2, 0, 1)
         return None if attn.rel_pos is None else attn.rel_pos.get_bias()
 
     def _shared_bias(self) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Towers of timm's NaFlexVit, whose batches hold patches of images of different sizes.
 
-Uses embeds, _forward_embeds, norm_pre, rope, blocks (those of `timm.py`, or those of `eva.py`) and
+Uses embeds, norm_pre, rope, blocks (those of `timm.py`, or those of `eva.py`) and
 norm. A batch is a dict of `patches`, `patch_coord` and `patch_valid`, or images (B, 3, H, W) of one
 size. The rotations of a dict are those of each image's own grid, (B, 1, N0, 2d).
 """
@@ -55,7 +55,8 @@ class NaFlexSizes(PlainTimm):
         return "it takes images of any size; pass smaller ones"
 
     def embed(self, images: Tensor) -> Tensor:
-        return self.model._forward_embeds(images, None, None, None)["patches"]
+        tokens, _grid = self.model.embeds(images)
+        return self.model.norm_pre(tokens)
 
 
 class NaFlexTower(NaFlexSizes, TimmTower):

@@ -1,18 +1,39 @@
 """The queries and keys of one attention module of transformers, without a copy of its forward.
 
 An attention module of transformers looks up the function that computes attention by a name in its
-config. `watch` gives one module a config with another name. The function of that name passes
-queries, keys and their scale to the module's watcher, and computes attention as before.
+config. `watch` gives one module a view of its config with another name. The function of that name
+passes queries, keys and their scale to the module's watcher, and computes attention as before.
 """
 
 import sys
-from copy import copy
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 PREFIX = "elip_watched_"
+IMPLEMENTATION = "_attn_implementation"
+"""The attribute of a config that attention modules read; transformers has no public one to read."""
+
+
+def implementation_of(config: Any) -> str:
+    """Return the implementation of attention; the model's `set_attn_implementation` changes it."""
+    return getattr(config, IMPLEMENTATION) or "eager"
+
+
+class WatchedConfig:
+    """The config of a watched module: `own`, with another name of its implementation."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of `own`."""
+        if name == "own" or name.startswith("__"):  # a copy that has no attributes yet
+            raise AttributeError(name)
+        if name == IMPLEMENTATION:
+            return PREFIX + implementation_of(self.own)
+        return getattr(self.own, name)
 
 
 class Watcher:
@@ -46,17 +67,14 @@ def register_functions() -> None:
 def watch(attention: nn.Module, watcher: Watcher) -> None:
     """Pass the queries and keys of an attention module to a watcher, in each of its calls."""
     register_functions()
-    own = attention.config._attn_implementation or "eager"
-    config = copy(attention.config)  # the layers share theirs
-    config._attn_implementation_internal = PREFIX + own
-    attention.config, attention.own_config, attention.watcher = config, attention.config, watcher
+    attention.config, attention.watcher = WatchedConfig(attention.config), watcher
 
 
 def unwatch(module: nn.Module) -> None:
     """Undo `watch`, if the module is watched."""
     if is_watched(module):
-        module.config = module.own_config
-        del module.own_config, module.watcher
+        module.config = module.config.own
+        del module.watcher
 
 
 def is_watched(attention: nn.Module) -> bool:
@@ -70,7 +88,7 @@ def _watched(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs
 
     settings = (kwargs.get("scaling"), kwargs.get("softcap"))
     module.watcher.receive(query.detach(), key.detach(), *settings)
-    own = module.own_config._attn_implementation or "eager"  # set_attn_implementation changes it
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
+    implementation = implementation_of(module.config.own)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return function(module, query, key, *args, **kwargs)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from elip_kernels import cls_attention
-from elip_models.vlm.attention_probe import Watcher, watch
+from elip_models.engine.model_methods import keep_handles
+from elip_models.vlm.attention_probe import Watcher, implementation_of, watch
 from elip_models.vlm.budget import parts
 from elip_models.vlm.cache_state import CacheState, cache_in
 from elip_models.vlm.call import InnerCall, PromptCall, current_call
@@ -46,21 +47,23 @@ class InnerLayers(Watcher):
 
     @property
     def is_flash(self) -> bool:
-        """Return whether attention takes a mask (B, N); `set_attn_implementation` changes it."""
-        return "flash" in (self.config._attn_implementation or "")
+        """Return whether attention takes a mask (B, N)."""
+        return "flash" in implementation_of(self.config)
 
     def install(self, multimodal: Multimodal) -> None:
         """Register hooks behind those of `PromptReduction`; watch the layers before the drops."""
         language_model = multimodal.language_model
         layers = language_model.layers
-        language_model.register_forward_pre_hook(self.begin, with_kwargs=True)
-        language_model.register_forward_hook(self.end, with_kwargs=True, prepend=True)
+        begin = language_model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        end = language_model.register_forward_hook(self.end, with_kwargs=True, prepend=True)
+        keep_handles(language_model, self, begin, end)
         for at in self.drops:
             watch(layers[at - 1].self_attn, self)
         for i, (layer, level) in enumerate(zip(layers, self.levels, strict=True)):
             if level:
                 hook = LayerHook(self, level, i, is_first=i in self.drops)
-                layer.register_forward_pre_hook(hook, with_kwargs=True)
+                handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+                keep_handles(layer, hook, handle)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a forward pass of the language model."""

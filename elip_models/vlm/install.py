@@ -11,7 +11,12 @@ from torch import nn
 from elip_models.engine.call_context import records_of
 from elip_models.engine.hf_config import stored_in
 from elip_models.engine.install import refuse_in_use
-from elip_models.engine.model_methods import hide_reductions, remove_hooks, show_reduction
+from elip_models.engine.model_methods import (
+    hide_reductions,
+    owners_of_hooks,
+    remove_hooks,
+    show_reduction,
+)
 from elip_models.strategies import DEFAULT, STRATEGIES
 from elip_models.strategies.spec import from_line, name_in, remedy_for
 from elip_models.strategies.strategy import tower_of
@@ -128,8 +133,7 @@ def prompt_hooks(multimodal: Multimodal) -> PromptReduction | None:
 
 def _owner(module: nn.Module, kind: type[T]) -> T | None:
     """Return the instance of `kind` that has hooks of the module, or None."""
-    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, kind)), None)
+    return next((owner for owner in owners_of_hooks(module) if isinstance(owner, kind)), None)
 
 
 def installed_strategies(

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from elip_models.engine.call_context import records_of
+from elip_models.engine.model_methods import keep_handles
 from elip_models.vlm.budget import budget_of, parts
 from elip_models.vlm.cache_length import removed_from, show_full_length, show_held_length
 from elip_models.vlm.cache_state import CacheState, cache_in, return_slots
@@ -99,10 +100,12 @@ class PromptReduction:
                 head.register_forward_hook(forget, with_kwargs=True, always_call=True),
                 *RetrievalHead().install(head),
             ]
-        model.register_forward_pre_hook(self.begin, with_kwargs=True)
-        model.register_forward_hook(self.end, with_kwargs=True, always_call=True)
-        language_model.register_forward_pre_hook(self.remove, with_kwargs=True)
-        language_model.register_forward_hook(self.restore, with_kwargs=True)
+        begin = model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        end = model.register_forward_hook(self.end, with_kwargs=True, always_call=True)
+        keep_handles(model, self, begin, end)
+        remove = language_model.register_forward_pre_hook(self.remove, with_kwargs=True)
+        restore = language_model.register_forward_hook(self.restore, with_kwargs=True)
+        keep_handles(language_model, self, remove, restore)
 
     def note_labels(self, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Note the labels of the loss that will be computed, or that there are none."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from elip_models.engine.model_methods import keep_handles
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.strategies.dedup import Dedup
 
@@ -28,8 +29,9 @@ class PatchReduction:
     def install(self, multimodal: Multimodal) -> None:
         """Register the hooks."""
         tower = multimodal.tower
-        tower.register_forward_pre_hook(self.remove, with_kwargs=True)
-        tower.register_forward_hook(self.restore, with_kwargs=True, always_call=True)
+        before = tower.register_forward_pre_hook(self.remove, with_kwargs=True)
+        after = tower.register_forward_hook(self.restore, with_kwargs=True, always_call=True)
+        keep_handles(tower, self, before, after)
 
     def remove(
         self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

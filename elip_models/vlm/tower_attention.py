@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elip_kernels import attention_column_mean, cls_attention
+from elip_models.engine.model_methods import keep_handles
 from elip_models.vlm.attention_probe import Watcher, watch
 from elip_models.vlm.call import current_call
 from elip_models.vlm.families import Multimodal
@@ -33,7 +34,8 @@ class TowerAttention(Watcher):
     def install(self, multimodal: Multimodal) -> None:
         """Watch the layer, and the end of the tower."""
         watch(attention_of(multimodal), self)
-        multimodal.tower.register_forward_hook(self.end)
+        tower = multimodal.tower
+        keep_handles(tower, self, tower.register_forward_hook(self.end))
 
     def receive(
         self, query: Tensor, key: Tensor, scale: float | None, softcap: float | None

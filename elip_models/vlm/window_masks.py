@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from elip_models.vlm.attention_probe import implementation_of
+
 MASKED = ("sdpa", "eager")
 """The implementations of attention that take a mask of pairs of tokens."""
 
@@ -33,7 +35,7 @@ def whole_masks(config: Any, embeds: Tensor, mask: Any, cache: Any, length: int)
     """
     from transformers.masking_utils import create_masks_for_generate
 
-    own = config._attn_implementation
+    own = implementation_of(config)
     if own not in MASKED:
         raise ValueError(
             "attn_implementation: expected 'sdpa' or 'eager' for a sequence that is longer than "

@@ -1,9 +1,12 @@
 """`unreduce_` after other code replaced methods, before or after `reduce_`."""
 
+import copy
+import pickle
+
 import pytest
 
 import elip_models
-from elip_models.api import is_reduced
+from elip_models.api import is_reduced, record_stages
 from tests.helpers.towers import SCHEDULE, images, plain_vit
 
 
@@ -50,3 +53,25 @@ def test_a_forward_that_was_wrapped_afterwards_raises(model):
         elip_models.unreduce_(model)
     block.forward = vars(block).pop("_old_forward")
     assert not is_reduced(elip_models.unreduce_(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_restored_alone_and_hooks_of_a_user_stay(model, copied):
+    elip_models.reduce_(model, schedule=SCHEDULE)
+    calls = CallCounter()
+    model.register_forward_hook(calls)
+    other = copied(model)
+    elip_models.unreduce_(other)
+    other(images())
+    assert is_reduced(model) and vars(other).keys() == vars(plain_vit()).keys()
+    with record_stages(model) as stages:
+        model(images())
+    elip_models.unreduce_(model)(images())
+    assert stages and calls.count == 2
+
+
+class CallCounter:
+    count = 0
+
+    def __call__(self, *call):
+        self.count += 1

@@ -12,7 +12,3 @@ NEW_PARTS = pytest.mark.filterwarnings("ignore::elip_models.saving.dense_models.
 """A folder has no weights for the pooler."""
 NO_IMAGE_STATS = pytest.mark.filterwarnings("ignore:\\w+ stores no mean and standard deviation")
 """A tiny model has no preprocessing."""
-DENSE_BY_TRANSFORMERS = pytest.mark.filterwarnings(
-    "ignore:\\w+.elip. transformers does not apply the reduction"
-)
-"""transformers loads a reduced model, which is dense."""

@@ -43,6 +43,12 @@ def use_models(net: Net, images: Tensor, text_cls: Tensor) -> str:
     assert_type(elip_models.reduce_(net, strategy="elip", keep=0.7, scorer="last"), Net)
     elip_models.reduce_(net, strategy=elip_models.ToMe(r=8))
     elip_models.reduce_(net, strategy="tome", r=8)
+    elip_models.reduce_(net, "guided_tome", r=8, weight=0.5, decrease=0.5)
+    elip_models.reduce_(net, "diverse", keep=64, relevance=True)
+    elip_models.reduce_(net, "visionzip", contextual=0.2)
+    elip_models.reduce_(net, "dedup", tolerance=0.1)
+    elip_models.reduce_(net, "fastv", layer=2)
+    elip_models.reduce_(net, "pyramid", stages=4)
     with elip_models.guidance(net, text_cls), elip_models.record_stages(net) as infos:
         net(images)
     assert_type(infos, list[StageInfo] | list[PromptInfo])

@@ -6,16 +6,15 @@ import re
 import subprocess
 import sys
 from contextlib import ExitStack
+from importlib import import_module
 
 import pytest
 import torch
 from PIL import Image
 
-from elip_models.integrations.open_clip import (
-    main,
-    parse_reduce,
-    reduce_first_model,
-)
+from elip_models.api import is_reduced
+from elip_models.integrations import open_clip
+from elip_models.integrations.open_clip import TESTED, ReduceFirstModel, main, parse_reduce
 from tests.helpers.models import ids, open_clip_pair, output_of_guided_pair, output_of_pair
 from tests.helpers.own_warnings import UNGUIDED
 
@@ -70,11 +69,21 @@ def test_open_clip_trains_and_resumes_what_it_saved(data, tmp_path):
     )
 
 
+def test_only_the_first_model_is_reduced():
+    models = [open_clip_pair(), open_clip_pair()]
+    made = iter(models)
+    options = {"strategy": "tome"}
+    create = ReduceFirstModel(lambda: (next(made), "train", "val"), options, ExitStack())
+    assert create() == (models[0], "train", "val") and create()[0] is models[1]
+    assert "forward" in vars(models[0].visual.transformer.resblocks[0])
+    assert "forward" not in vars(models[1].visual.transformer.resblocks[0])
+
+
 @UNGUIDED
 def test_each_caption_guides_its_image_until_training_ends():
     model, x, tokens = open_clip_pair().eval(), torch.randn(2, 3, 48, 48), ids()
     with ExitStack() as stack:
-        reduce_first_model(lambda: (model, "train"), {"strategy": "elip:fusion=0.2"}, stack)()
+        ReduceFirstModel(lambda: (model, "train"), {"strategy": "elip:fusion=0.2"}, stack)()
         guided = output_of_pair(model, x, tokens)
         assert torch.equal(guided, output_of_guided_pair(model, x, tokens))
     assert not torch.equal(output_of_pair(model, x, tokens), guided)
@@ -87,6 +96,36 @@ def test_reduce_is_a_strategy_or_a_share_or_both():
     assert spec.name == "evit" and options == {"strategy": "evit", "keep": 0.7}
     with pytest.raises(ValueError, match="expected one strategy and one keep=SHARE, got"):
         parse_reduce(["evit", "tome"])
+
+
+PARSE = "from types import SimpleNamespace\nparse_args = lambda _: SimpleNamespace(val_data=None)\n"
+MAKE = "from tests.helpers.models import open_clip_pair\n"
+MAKE += "create_model_and_transforms = lambda: (open_clip_pair(), 'train', 'val')\n"
+
+
+def run_script(text, folder, monkeypatch):
+    """Run `main` on another script, and return the script as other code imports it."""
+    (folder / "another_script.py").write_text(PARSE + text)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "another_script", raising=False)
+    monkeypatch.setattr(open_clip, "SCRIPT", "another_script")
+    imported = import_module("another_script")
+    main(["--reduce", "tome"])
+    return imported
+
+
+def test_the_script_reduces_and_the_imported_one_does_not_change(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    run = "def main(_):\n    create_model_and_transforms()\n"
+    imported = run_script(MAKE + run, tmp_path, monkeypatch)
+    assert "Image tower reduced" in caplog.text
+    assert not is_reduced(imported.create_model_and_transforms()[0])
+
+
+@pytest.mark.parametrize("text", ["main = lambda _: None\n", MAKE + "main = lambda _: None\n"])
+def test_a_release_with_another_script_leads_to_the_tested_ones(text, tmp_path, monkeypatch):
+    with pytest.raises(TypeError, match=rf"install open_clip_torch {TESTED[0]} to {TESTED[1]}, "):
+        run_script(text, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(

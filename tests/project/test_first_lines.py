@@ -24,7 +24,6 @@ from tests.helpers.models import (
     hf_clip,
     hf_vision,
 )
-from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS
 from tests.helpers.towers import WIDTH, images, plain_vit
 from tests.vlm.models import build
 
@@ -300,7 +299,6 @@ WORK = {
 }
 
 
-@DENSE_BY_TRANSFORMERS
 @torch.no_grad()
 @pytest.mark.parametrize("line", WORK)
 def test_a_line_works(line, tmp_path):

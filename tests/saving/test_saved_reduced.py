@@ -31,7 +31,7 @@ from elip_models.strategies.serialization import settings_of, strategy_of
 from elip_models.towers import as_tower
 from elip_models.validation import ConfigError
 from tests.helpers.models import hf_clip, hf_vision, ids, output, output_of_pair
-from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS, UNGUIDED
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import SCHEDULE, images, plain_vit
 from tests.pretraining.models.test_saving import CONFIG, pair
 from tests.strategies.test_strategies import STRATEGIES as CASES
@@ -78,7 +78,6 @@ def features(model):
 
 
 @UNGUIDED
-@DENSE_BY_TRANSFORMERS
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_reduced_model_is_loaded_reduced_and_by_its_library_dense(library, tmp_path):
     make, config, load = LIBRARIES[library]

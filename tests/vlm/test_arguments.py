@@ -18,7 +18,7 @@ from elip_models import (
 )
 from elip_models.vlm.families import FAMILIES
 from elip_models.vlm.strategies.controls import Stride
-from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS, UNGUIDED
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import plain_vit
 from tests.vlm.models import build
 
@@ -69,7 +69,6 @@ def test_an_argument_of_other_libraries_leads_to_that_of_reduce_(llava, options,
     assert not is_reduced(llava)
 
 
-@DENSE_BY_TRANSFORMERS
 def test_a_family_without_a_row_is_refused_by_name_and_not_reduced_by_half(monkeypatch, tmp_path):
     model = build("llava")[0]
     monkeypatch.delitem(FAMILIES, "llava")

@@ -15,7 +15,6 @@ from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.controls import Stride
 from elip_models.vlm.strategies.diverse import Diverse
 from elip_models.vlm.strategies.layer_strategy import FastV
-from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS
 from tests.vlm.models import build
 
 
@@ -30,7 +29,6 @@ def llava():
     return build("llava")
 
 
-@DENSE_BY_TRANSFORMERS
 @torch.no_grad()
 def test_all_strategies_are_saved_and_loaded(llava, tmp_path):
     model = llava[0].float()

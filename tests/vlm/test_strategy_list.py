@@ -1,11 +1,14 @@
 """`list_strategies` and `elip strategies`: every strategy, where it acts, and why it cannot."""
 
+from dataclasses import fields
+
 import pytest
 import timm
 
 import elip_models
 from elip_models import LANGUAGE_STRATEGIES, STRATEGIES
 from elip_models.strategies.flops import DEFAULT_KEEP
+from elip_models.strategies.spec import StrategyOptions
 from tests.helpers.models import siglip_vision
 from tests.helpers.tiers import slow_except
 from tests.helpers.tiny_run import elip
@@ -21,6 +24,12 @@ GUIDED = {"guided_tome", "elip", "trips", "cdpruner", "fastv", "pyramid"}
 def reasons(model):
     entries = elip_models.list_strategies(model)
     return {entry.name: entry.why_unsupported for entry in entries if entry.why_unsupported}
+
+
+def test_type_checkers_know_the_options_of_every_strategy():
+    strategies = (STRATEGIES | LANGUAGE_STRATEGIES).values()
+    options = {field.name for strategy in strategies for field in fields(strategy)}
+    assert options - {"keep", "schedule"} == StrategyOptions.__annotations__.keys()
 
 
 def test_the_list_has_every_strategy():

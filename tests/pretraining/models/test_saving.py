@@ -14,7 +14,7 @@ import elip_models
 from elip_models.api import is_reduced
 from tests.helpers.models import hf_clip, ids
 from tests.helpers.models import output_of_pair as run
-from tests.helpers.own_warnings import DENSE_BY_TRANSFORMERS, UNGUIDED
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import SCHEDULE, WIDTH, images
 
 CONFIG = {
@@ -120,7 +120,6 @@ def test_a_dense_checkpoint_loads_into_either_model(make, tmp_path):
     assert torch.equal(features(dense), expected)
 
 
-@DENSE_BY_TRANSFORMERS
 def test_transformers_saves_and_loads(tmp_path):
     model = reduced(hf_clip().eval())
     model.save_pretrained(tmp_path)

@@ -39,12 +39,10 @@ class BertTower(nn.Module):
         embeddings: type[nn.Module] | None = BertEmbeddings,
     ) -> None:
         super().__init__()
-        self.config = config
-        crossing = BertConfig(
-            **config.to_dict() | {"is_decoder": True, "add_cross_attention": True}
-        )
-        for options in (config, crossing):
-            options._attn_implementation = "sdpa"
+        options = config.to_dict() | {"attn_implementation": "sdpa"}
+        self.config = config = type(config)(**options)
+        crossing = BertConfig(**options | {"is_decoder": True, "add_cross_attention": True})
+        self.grad_checkpointing = False
         chosen = set(cross_attention)
         self.embeddings = embeddings(config) if embeddings else None
         self.layers = nn.ModuleList(
@@ -96,7 +94,9 @@ class BertTower(nn.Module):
             bias = bias & torch.ones(L, T, dtype=torch.bool, device=mask.device).tril(T - L)
         image_bias = None if image_mask is None else (image_mask != 0)[:, None, None]
         for i in range(len(self.layers)) if layers is None else layers:
-            hidden = self.layers[i](hidden, bias, image_tokens, image_bias, cache)
+            layer, inputs = self.layers[i], (hidden, bias, image_tokens, image_bias, cache)
+            recomputes = self.grad_checkpointing and layer.training
+            hidden = recompute(layer, *inputs) if recomputes else layer(*inputs)
         return hidden
 
     def run_reduced(
@@ -136,9 +136,7 @@ class BertTower(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute layers in backward instead of storing their activations."""
-        for layer in self.layers:
-            layer.gradient_checkpointing = enable
-            layer._gradient_checkpointing_func = recompute
+        self.grad_checkpointing = enable
 
 
 def tied_decoder(encoder: BertTower) -> BertTower:
