@@ -36,7 +36,7 @@ def test_opcheck_of_the_ops_of_a_call(device, name, dtype):
     with RecordedCalls() as recorded:
         ops.OPS[name].outputs(ops.example(name, device, 2, 50, dtype))
     for op, (first, *others) in dict(reversed(recorded.calls)).items():
-        leaf = first.detach().requires_grad_(OPERATORS[op].function is not None)
+        leaf = first.detach().requires_grad_(OPERATORS[op].has_gradient)
         check(OPERATORS[op].overload, (leaf, *others))
 
 
