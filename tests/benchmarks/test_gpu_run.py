@@ -97,10 +97,9 @@ RIGHT = "import pytest\npytestmark = pytest.mark.gpu\n\ndef test_right():\n    p
 BENCH = """
 import pytest, torch
 from benchmarks.kernel_analysis.stub_device import stub_device
-from elip_kernels._kernel import kernel
-from elip_kernels._triton import tl
+from elip_kernels._triton import tl, triton
 
-@kernel
+@triton.jit
 def _fill_kernel(out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, BLOCK), 1.0)
 

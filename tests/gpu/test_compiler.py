@@ -62,7 +62,10 @@ def test_compiles_whole_and_once_for_all_batches_and_counts(device, launches, bo
         expected.backward(upstream)
         ops.assert_alike((got.detach(), ours.grad), (expected.detach(), eager.grad))
     assert compiles.frame_count == 1
-    assert launches["_reduce_bwd_kernel"] == 2 * len(BATCHES)  # compiled and eager
+    # a compiled graph on a GPU makes its own launches
+    assert launches["_reduce_bwd_kernel"] == pick(1, 2) * len(
+        BATCHES
+    )
 
 
 def test_a_graph_of_the_compiler_replays(device):
