@@ -120,7 +120,8 @@ class Operator:
         opaque.register_fake(fake)
         is_traceable = HAS_TRITON and not is_interpreted()
         define = torch.library.triton_op if is_traceable else torch.library.custom_op
-        op = define(f"elip::{name}", run, mutates_args=())
+        self.op = op = define(f"elip::{name}", run, mutates_args=())
+        op.register_kernel("cpu", self.decomposition)
         op.register_fake(fake)
         if backward is None:
             backward, save = _no_gradient(reference), _mark_outputs

@@ -15,7 +15,7 @@ does not show
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import elip_kernels  # noqa: F401  (its operators and examples)
 from elip_kernels import launch
 from elip_kernels._example import EXAMPLES, Sizes
-from elip_kernels._operator import Operator
+from elip_kernels._operator import OPERATORS, Operator
 from elip_kernels._triton import is_interpreted
 
 
@@ -117,8 +117,9 @@ def launchers_on_cpu() -> Iterator[Counter]:
         launches[f"elip::{operator.name}"] += 1
         return own(operator, *args)
 
-    with (
-        patch.object(launch, "DEVICES", {*launch.DEVICES, "cpu"}),
-        patch.object(Operator, "launch", counted),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(launch, "DEVICES", {*launch.DEVICES, "cpu"}))
+        stack.enter_context(patch.object(Operator, "launch", counted))
+        for operator in OPERATORS.values():
+            stack.enter_context(operator.op.set_kernel_enabled("cpu", enabled=False))
         yield launches

@@ -63,9 +63,7 @@ def test_compiles_whole_and_once_for_all_batches_and_counts(device, launches, bo
         ops.assert_alike((got.detach(), ours.grad), (expected.detach(), eager.grad))
     assert compiles.frame_count == 1
     # a compiled graph on a GPU makes its own launches
-    assert launches["_reduce_bwd_kernel"] == pick(1, 2) * len(
-        BATCHES
-    )
+    assert launches["_reduce_bwd_kernel"] == pick(1, 2) * len(BATCHES)
 
 
 def test_a_graph_of_the_compiler_replays(device):
