@@ -84,7 +84,7 @@ SWEEPS = (
     Sweep("cls_attention_output", "value", QUERY),
     Sweep("attention_column_mean", "column_sums", COLUMN_SUMS),
     Sweep("bipartite_match", "bipartite_match", PAIRS),
-    Sweep("bipartite_merge", "merge_order", ORDER),
+    Sweep("bipartite_merge", "order_by_row", ORDER),
     Sweep("bipartite_merge", "merge_gather", {"BLOCK_R": (0.5, 1.0, 2.0)} | SLICE),
     Sweep("nearest_match", "bipartite_match", PAIRS),
     Sweep("bipartite_merge_backward", "reduce_backward", ROWS),

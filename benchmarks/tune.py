@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -30,8 +31,7 @@ from benchmarks.gpu_run import TO_BE_CONTINUED
 from benchmarks.machine import machine
 from benchmarks.sweeps import SHAPES, SWEEPS, Number, Shape, Sweep, arguments
 from elip_kernels import launch
-from elip_kernels._kernel import Kernel
-from elip_kernels._operator import OPERATORS
+from elip_kernels._operator import OPERATORS, FallbackWarning
 from elip_kernels._triton import HAS_TRITON, triton
 from elip_kernels.ops.absorbed_query import QueryArguments
 from elip_models.profiling.commit import commit
@@ -67,13 +67,14 @@ def changed_table(table: str, changes: dict[str | int, Number]) -> Iterator[None
 @contextmanager
 def recorded_launches(*, run: bool = True) -> Iterator[list[tuple[Any, ...]]]:
     """Record kernel, arguments and options of each launch inside the block, and maybe run it."""
-    launches, own = [], Kernel.run
+    launches, own = [], launch.run
 
-    def record(kernel: Any, *args: Any, **options: Any) -> Any:
+    def record(kernel: Any, *args: Any, **options: Any) -> None:
         launches.append((kernel, args, options))
-        return own(kernel, *args, **options) if run else None
+        if run:
+            own(kernel, *args, **options)
 
-    with patch.object(Kernel, "run", record):
+    with patch.object(launch, "run", record):
         yield launches
 
 
@@ -93,7 +94,10 @@ def tuned_kernels(sweep: Sweep, args: tuple[Any, ...]) -> set[str]:
 
 def results(op: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Return the outputs of an op as a tuple; on a GPU those of its kernels, without a fallback."""
-    outputs = (OPERATORS[op].launch if ON_GPU else OPERATORS[op].reference)(*args)
+    operator = OPERATORS[op]
+    with patch.object(operator, "warned_reasons", set()), warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        outputs = (operator.overload if ON_GPU else operator.reference)(*args)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -126,7 +130,7 @@ def prepared(op: str, sets: Sequence[tuple[Any, ...]], kernels: set[str]) -> Cal
     def repeat() -> None:
         with launch.device_guard(sets[0][0]):
             for kernel, args, options in tuned:
-                kernel.run(*args, **options)
+                launch.run(kernel, *args, **options)
 
     return as_step(lambda: repeat)
 
@@ -163,7 +167,11 @@ def run(sweep: Sweep, shape: Shape, rounds: int) -> dict[str, Any]:
                 steps["candidate"] = prepared(sweep.op, sets, kernels)
         except AssertionError as error:
             entry["wrong"] = str(error)
-        except (RuntimeError, *REFUSALS) as error:  # does not compile, or does not fit
+        except (
+            RuntimeError,
+            FallbackWarning,
+            *REFUSALS,
+        ) as error:
             if FATAL.search(str(error)):
                 raise RuntimeError(f"{sweep} {shape}: {changes}") from error
             entry["left_out"] = f"{type(error).__name__}: {error}".splitlines()[0]

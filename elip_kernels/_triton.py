@@ -7,6 +7,8 @@ PyTorch implementation.
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -20,7 +22,7 @@ class _MissingTriton:
 if HAS_TRITON:
     import triton
     import triton.language as tl
-    from triton.runtime.errors import OutOfResources
+    from triton import OutOfResources
 else:
     triton = tl = _MissingTriton()
 
@@ -33,4 +35,9 @@ def is_interpreted() -> bool:
     return HAS_TRITON and triton.knobs.runtime.interpret
 
 
-__all__ = ["HAS_TRITON", "OutOfResources", "is_interpreted", "tl", "triton"]
+def wrap_triton(kernel: Any) -> Any:
+    """Return `kernel` in the form that PyTorch traces; the interpreter's kernels as they are."""
+    return kernel if is_interpreted() else torch.library.wrap_triton(kernel)
+
+
+__all__ = ["HAS_TRITON", "OutOfResources", "is_interpreted", "tl", "triton", "wrap_triton"]

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.masked import MaskedTensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from elip_kernels.ops.gather_ops import accumulator
 
@@ -195,14 +194,18 @@ def check_metric(metric: Tensor, tokens: Tensor) -> None:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Return whether to check values: on the CPU, outside of graphs, transforms and modes.
+    """Return whether to check values: on the CPU, outside of graphs and `vmap`.
 
     Reading a value on a GPU would wait for the device. There the kernels mask what is out of range.
     """
-    if torch.compiler.is_compiling() or not tensor.is_cpu or type(tensor) is not Tensor:
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if is_traced or not tensor.is_cpu or type(tensor) is not Tensor:
         return False
-    is_traced = torch.jit.is_tracing() or is_in_torch_dispatch_mode()
-    return not is_traced and torch._C._functorch.peek_interpreter_stack() is None
+    try:
+        tensor.any().item()
+    except RuntimeError:  # of `vmap`, and of modes of PyTorch that have no values
+        return False
+    return True
 
 
 def check_range(argument: str, values: Tensor, least: float, most: float) -> None:

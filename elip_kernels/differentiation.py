@@ -1,28 +1,28 @@
-"""Which transform differentiates a call: function transforms and forward-mode AD of PyTorch."""
+"""Whether a call is differentiated by a transform of `torch.func` or by forward-mode AD."""
 
-import torch
-from torch._C._functorch import TransformType
+from typing import Any
+
+from torch import Tensor
 from torch.autograd import forward_ad
 
+from elip_kernels._private import function_transforms
 
-def is_differentiated(
-    transforms: tuple[TransformType, ...] = (TransformType.Grad, TransformType.Jvp),
-) -> bool:
-    """Return whether forward-mode AD, or one of these transforms, differentiates this call.
 
-    `torch.func.grad`, `jvp` and forward-mode AD support aten ops only. Inside a compiled graph, the
-    value is the one at the time of tracing.
+def is_differentiated(*values: Any) -> bool:
+    """Return whether `torch.func.grad`, `jvp` or other forward-mode AD differentiates this call.
+
+    They support aten ops only.
+
+    Args:
+        values: the arguments of the call, of which the tensors may have a tangent.
     """
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return forward_ad._current_level >= 0
-    stack = torch._C._functorch.get_interpreter_stack()
-    return any(transform.key() in transforms for transform in stack)
+    return "Grad" in function_transforms() or has_tangents(*values)
 
 
-def has_tangents() -> bool:
-    """Return whether `torch.func.jvp` or other forward-mode AD differentiates this call."""
-    return is_differentiated((TransformType.Jvp,))
-
-
-# `torch.compiler.assume_constant_result` sets this too, but it imports torch._dynamo.
-is_differentiated._dynamo_marked_constant = has_tangents._dynamo_marked_constant = True
+def has_tangents(*values: Any) -> bool:
+    """Return whether `torch.func.jvp`, or other forward-mode AD of these tensors, is active."""
+    transforms = function_transforms()
+    if transforms:  # under `vmap` no tangent is readable
+        return "Jvp" in transforms
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elip_kernels._triton import HAS_TRITON, is_interpreted
+from elip_kernels._triton import HAS_TRITON, is_interpreted, triton
 
 MAX_MOVED = 1024  # candidates that one program selects and moves at once
 MAX_SELECTED = 4096  # candidates whose scores fit one program
 MAX_STREAMED = 65536  # candidates whose scores one program reads tile by tile
 TILE = 2048  # candidates per tile of these
-CODE = {"enable_fp_fusion": True}  # the default differs between versions of Triton
+DEVICES = frozenset({"cuda"})  # that run the kernels: CUDA and ROCm
+FUSION = {"enable_fp_fusion": True}  # Triton's default will change
 MAX_REGISTERS = {"maxnreg": 255}  # per thread
 KEYS = 64  # keys per program of `_keys_kernel`
 PART = 1024  # tokens per program of `_weigh_kernel`
@@ -190,7 +191,7 @@ def bipartite_match(channels: int, element_size: int) -> dict[str, int]:
     return {"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK_C": max(16, block_c), "num_warps": 4}
 
 
-def merge_order(tokens: int) -> dict[str, int]:
+def order_by_row(tokens: int) -> dict[str, int]:
     """Return BLOCK_N, and BLOCK_M (the number of slots, at most 512): 112 registers."""
     block_m = min(512, max(64, next_power_of_2(tokens)))
     return {"BLOCK_N": 8192 // block_m, "BLOCK_M": block_m, "num_warps": 8}
@@ -201,7 +202,7 @@ def merge_gather(element_size: int) -> dict[str, int]:
     return {"BLOCK_R": 16, "BLOCK_D": 512 // element_size, "num_warps": 8, "num_stages": 1}
 
 
-def greedy(tokens: int) -> dict[str, int]:
+def greedy_selection(tokens: int) -> dict[str, int]:
     """Return BLOCK_N, and BLOCK_T rows of 32 values per thread: 110 registers at 577 tokens."""
     block_n = max(16, next_power_of_2(tokens))
     num_warps = 4 if block_n <= 256 else 8 if block_n <= 1024 else 16
@@ -254,6 +255,25 @@ def addressable(tokens: Tensor) -> Tensor:
     """Return `tokens` (.., N, D), copied if 32-bit offsets within an image or head do not reach."""
     fits = tokens.stride(-1) == 1 and tokens.stride(-2) * tokens.shape[-2] < 2**31
     return tokens if fits else tokens.contiguous()
+
+
+def run(kernel: Any, grid: tuple[Any, ...], *args: Any, **settings: Any) -> None:
+    """Launch a kernel, or add its launch to the graph that PyTorch traces.
+
+    A graph compiles the kernel itself: it takes no options of the compiler but warps and stages. It
+    passes a float as fp64, so kernels begin with `tl.cast(.., tl.float32)`.
+
+    Args:
+        kernel: what `wrap_triton` returns, which is the kernel itself outside of graphs.
+        grid: number of programs in each dimension.
+        args: arguments of the kernel.
+        settings: its constexpr arguments, and options of Triton's compiler.
+    """
+    if isinstance(kernel, triton.JITFunction):
+        settings |= FUSION
+    else:
+        settings = {name: value for name, value in settings.items() if name not in MAX_REGISTERS}
+    kernel[grid](*args, **settings)
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager:

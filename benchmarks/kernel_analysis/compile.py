@@ -23,7 +23,6 @@ from unittest.mock import patch
 
 import torch
 
-from elip_kernels._kernel import Kernel
 from elip_kernels._triton import is_interpreted, triton
 from elip_kernels._validate import message
 from elip_kernels.testing import launchers_on_cpu
@@ -125,7 +124,7 @@ def recorded_launches(arch: Arch) -> Iterator[list[RecordedLaunch]]:
 
     rocm = "rocm" if _is_amd(arch) else None
     with (
-        patch.object(Kernel, "run", record),
+        patch.object(triton.JITFunction, "run", record),
         patch.object(torch.version, "hip", rocm),
         patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros),
         patch("elip_kernels._validate.is_readable", lambda tensor: False),

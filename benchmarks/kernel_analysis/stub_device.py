@@ -7,7 +7,6 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.kernel_analysis.compile import SHARED_MEMORY, Arch, target_of
-from elip_kernels._kernel import Kernel
 from elip_kernels._triton import triton
 from elip_kernels.testing import launchers_on_cpu
 
@@ -72,5 +71,3 @@ def stub_device(arch: Arch = 90, *, keep: bool = True) -> Iterator[StubDriver]:
         yield driver
     for each in driver.kernels:  # which would be launched on the stub again
         each.device_caches.clear()
-        if isinstance(each, Kernel):
-            each.compiled.clear()

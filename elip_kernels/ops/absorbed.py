@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
-from elip_kernels._kernel import kernel
-from elip_kernels._triton import tl, triton
+from elip_kernels._triton import tl, triton, wrap_triton
 from elip_kernels._validate import (
     check_device,
     check_heads,
@@ -144,7 +143,7 @@ def patch_scores(
     return score * rstd[:, None], mean, rstd
 
 
-@kernel(do_not_specialize=["N"], do_not_specialize_on_alignment=STATS)
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=STATS)
 def scores_kernel(
     tokens_ptr, query_ptr, scores_ptr, tops_ptr, totals_ptr, stride_tb, stride_tn, N, D, H, eps,
     HAS_REST: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -208,7 +207,7 @@ def row_of_scores(
     return row, cls_row
 
 
-@kernel(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
+@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
 def _row_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, out_ptr, N, H, T,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -236,10 +235,11 @@ def score_tiles(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor, Tens
     T = launch.cdiv(N - 1, settings["BLOCK_N"])
     scores = tokens.new_empty(B, H, N - 1, dtype=torch.float32)
     tops, totals = scores.new_empty(2, B, H, T)
-    scores_kernel[(B, T)](
+    launch.run(
+        wrap_triton(scores_kernel),
+        (B, T),
         *(tokens, query, scores, tops, totals, *tokens.stride()[:2], N, D, H, eps),
         **settings,
-        **launch.CODE,
     )
     return scores, tops, totals
 
@@ -250,11 +250,12 @@ def launch_row(
     """Write the row (B, N) of each image from the scores of its tiles."""
     (B, N), (_, H, T) = out.shape, tops.shape
     block_n, block_t, num_warps = launch.row(N - 1, T)
-    _row_kernel[(B, max(1, launch.cdiv(N - 1, block_n)))](
+    launch.run(
+        wrap_triton(_row_kernel),
+        (B, max(1, launch.cdiv(N - 1, block_n))),
         *(scores, tops, totals, cls_score, out, N, H, T),
         BLOCK_N=block_n,
         BLOCK_T=block_t,
         BLOCK_H=launch.heads_a_step(block_n, block_t, num_warps),
         num_warps=num_warps,
-        **launch.CODE,
     )

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elip_kernels import launch
-from elip_kernels._kernel import kernel
-from elip_kernels._triton import tl, triton
+from elip_kernels._triton import tl, triton, wrap_triton
 from elip_kernels.ops.fuse_text import LEAST_NORM, fuse
 
 R = TypeVar("R", bound=Callable[..., Any])
@@ -174,7 +173,7 @@ def split(x, dtype: tl.constexpr):
     return rounded, (x - rounded.to(tl.float32)).to(dtype)
 
 
-@kernel(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B"])
 def _query_kernel(
     cls_ptr, text_ptr, norm_weight_ptr, norm_bias_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
     query_ptr, cls_score_ptr, normed_ptr, stride_cb, stride_tb, stride_q, stride_k,
@@ -259,7 +258,9 @@ def launch_query(
     gamma, beta, bias = launch.contiguous(a.norm_weight, a.norm_bias, a.q_bias)
     text_stride = 0 if text is None or text.shape[0] == 1 else text.stride(0)
     settings = launch.query(W, dtype, cls, text, q_weight, k_weight)
-    _query_kernel[(launch.cdiv(B, settings["BLOCK_B"]), H)](
+    launch.run(
+        wrap_triton(_query_kernel),
+        (launch.cdiv(B, settings["BLOCK_B"]), H),
         *(cls, text, gamma, beta, q_weight, bias, k_weight, query, cls_score, z),
         *(cls.stride(0), text_stride, q_weight.stride(0), k_weight.stride(0)),
         *(B, D, H, W, a.fusion, a.scale, a.eps),
@@ -268,6 +269,5 @@ def launch_query(
         LEAST_NORM=LEAST_NORM,
         ROWS=query.shape[2],
         **settings,
-        **launch.CODE,
     )
     return query, cls_score, z

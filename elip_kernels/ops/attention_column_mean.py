@@ -17,9 +17,8 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._example import Arguments, Sizes, example_of
-from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
-from elip_kernels._triton import tl, triton
+from elip_kernels._triton import tl, triton, wrap_triton
 from elip_kernels._validate import check_mask, check_scale, check_tensor, message
 from elip_kernels.ops.cls_attention import check_keys
 from elip_kernels.ops.gather_ops import accumulator
@@ -113,7 +112,7 @@ def _is_open(mask_ptr, pid_b, offs, length, HAS_MASK: tl.constexpr):
     return is_open
 
 
-@kernel(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M", "N"])
 def _lse_kernel(
     q_ptr, k_ptr, mask_ptr, query_mask_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, scale, M, N, D,
@@ -149,7 +148,7 @@ def _lse_kernel(
     tl.store(lse_ptr + row, tl.where(counts, top + tl.log(total), float("inf")))
 
 
-@kernel(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M", "N"])
 def _sums_kernel(
     q_ptr, k_ptr, mask_ptr, lse_ptr, sums_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, scale, M, N, D,
@@ -182,7 +181,7 @@ def _sums_kernel(
     tl.store(sums_ptr + head * N + offs_n, received, mask=offs_n < N)
 
 
-@kernel(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M", "N"])
 def _mean_kernel(
     sums_ptr, query_mask_ptr, out_ptr, M, N, H, G, HAS_QUERY_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -220,17 +219,32 @@ def _attention_column_mean(
     if N == 0:
         return out
     of_scores = (*q.stride()[:3], *k.stride()[:3], scale, M, N, d)
-    settings = launch.column_sums(d, q.dtype) | launch.CODE
+    settings = launch.column_sums(d, q.dtype)
     settings |= {"GROUP": H // G, "HAS_MASK": mask is not None}
     counted = {"HAS_QUERY_MASK": query_mask is not None}
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     T = launch.cdiv(M, block_m)
     lse, sums = out.new_empty(B, H, T * block_m), out.new_empty(B, G, N)
-    _lse_kernel[(B, H, T)](q, k, mask, query_mask, lse, *of_scores, **settings, **counted)
-    _sums_kernel[(B, G, launch.cdiv(N, block_n))](q, k, mask, lse, sums, *of_scores, **settings)
-    settings = launch.column_mean(M, N) | launch.CODE
-    _mean_kernel[(B, launch.cdiv(N, settings["BLOCK_N"]))](
-        *(sums, query_mask, out, M, N, H, G), **settings, **counted
+    launch.run(
+        wrap_triton(_lse_kernel),
+        (B, H, T),
+        *(q, k, mask, query_mask, lse, *of_scores),
+        **settings,
+        **counted,
+    )
+    launch.run(
+        wrap_triton(_sums_kernel),
+        (B, G, launch.cdiv(N, block_n)),
+        *(q, k, mask, lse, sums, *of_scores),
+        **settings,
+    )
+    settings = launch.column_mean(M, N)
+    launch.run(
+        wrap_triton(_mean_kernel),
+        (B, launch.cdiv(N, settings["BLOCK_N"])),
+        *(sums, query_mask, out, M, N, H, G),
+        **settings,
+        **counted,
     )
     return out
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
-from elip_kernels._kernel import kernel
-from elip_kernels._triton import is_interpreted, tl, triton
+from elip_kernels._triton import is_interpreted, tl, triton, wrap_triton
 from elip_kernels.ops.select_device import kth_largest, order_key, output_slots
 from elip_kernels.ops.select_kernels import launch_select
 
@@ -61,7 +60,7 @@ def tile_products(
     return product, square_a, square_b
 
 
-@kernel(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"])
 def _match_kernel(
     metric_ptr, penalty_ptr, lengths_ptr, best_ptr, partner_ptr, stride_mb, stride_mn, N, C,
     SMALLEST_SQUARE: tl.constexpr, HAS_PENALTY: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -105,7 +104,7 @@ def _match_kernel(
     tl.store(partner_ptr + row, tl.where(has_direction, partner, 0), mask=mask_a)
 
 
-@kernel(do_not_specialize=["N", "R"])
+@triton.jit(do_not_specialize=["N", "R"])
 def _slots_kernel(
     best_ptr, partner_ptr, lengths_ptr, merges_ptr, slots_ptr, N, R,
     HAS_LENGTHS: tl.constexpr, P: tl.constexpr, BLOCK_A: tl.constexpr,
@@ -145,7 +144,7 @@ def _store_slots(slots_ptr, slot_a, slot_b, offs_a, N):
     tl.store(slots_ptr + 2 * offs_a + 1, slot_b, mask=2 * offs_a + 1 < N)
 
 
-@kernel(do_not_specialize=["N", "R"])
+@triton.jit(do_not_specialize=["N", "R"])
 def _slots_of_kernel(
     merged_ptr, partner_ptr, slots_ptr, N, R, BITS: tl.constexpr, BLOCK_A: tl.constexpr
 ):  # fmt: skip
@@ -187,34 +186,37 @@ def match(
     partner = metric.new_empty(B, num_a, dtype=torch.int32)
     slots = metric.new_empty(B, N, dtype=torch.int32)
     settings = launch.bipartite_match(C, metric.element_size())
-    _match_kernel[(B, launch.cdiv(num_a, settings["BLOCK_A"]))](
+    launch.run(
+        wrap_triton(_match_kernel),
+        (B, launch.cdiv(num_a, settings["BLOCK_A"])),
         *(metric, penalty, lengths, best, partner, metric.stride(0), metric.stride(1), N, C),
         SMALLEST_SQUARE=SMALLEST_SQUARE,
         HAS_PENALTY=penalty is not None,
         HAS_LENGTHS=lengths is not None,
         WIDEN=is_interpreted(),
         **settings,
-        **launch.CODE,
     )
     if num_a <= launch.MAX_SELECTED:
         block_a, _, num_warps = launch.select(num_a, 1)
-        _slots_kernel[(B,)](
+        launch.run(
+            wrap_triton(_slots_kernel),
+            (B,),
             *(best, partner, lengths, merges, slots, N, r),
             HAS_LENGTHS=lengths is not None,
             P=num_prefix_tokens,
             BLOCK_A=block_a,
             num_warps=num_warps,
-            **launch.CODE,
         )
         return slots
     merged = best.new_empty(B, r, dtype=torch.int64)
     launch_select(best[:, num_prefix_tokens:], None, merged, num_prefix_tokens=num_prefix_tokens)
     block_a, _, num_warps = launch.row(num_a, 1)
-    _slots_of_kernel[(B, launch.cdiv(num_a, block_a))](
+    launch.run(
+        wrap_triton(_slots_of_kernel),
+        (B, launch.cdiv(num_a, block_a)),
         *(merged, partner, slots, N, r),
         BITS=r.bit_length(),
         BLOCK_A=block_a,
         num_warps=num_warps,
-        **launch.CODE,
     )
     return slots

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._example import Arguments, Sizes, example_of
-from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
-from elip_kernels._triton import tl
+from elip_kernels._triton import tl, triton, wrap_triton
 from elip_kernels._validate import (
     check_device,
     check_mask,
@@ -169,7 +168,7 @@ def from_tokens_reference(tokens: Tensor, *query: Any) -> Tensor:
     return absorbed_reference(tokens, *query)[1].mean(1)
 
 
-@kernel(do_not_specialize=["N"], do_not_specialize_on_alignment=STATS)
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=STATS)
 def _keys_kernel(
     q_ptr, k_ptr, mask_ptr, scores_ptr, tops_ptr, totals_ptr, cls_score_ptr,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kn, stride_mb, scale, N, D,
@@ -235,7 +234,9 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
     T = max(1, launch.cdiv(N - 1, launch.KEYS))
     scores, cls_score = out.new_empty(B, H, N - 1), out.new_empty(B, H)
     tops, totals = out.new_empty(2, B, H, T)
-    _keys_kernel[(B, G, T)](
+    launch.run(
+        wrap_triton(_keys_kernel),
+        (B, G, T),
         *(q, k, mask, scores, tops, totals, cls_score, *q.stride()[:2], *k.stride()[:3]),
         *(0 if mask is None else mask.stride(0), scale, N, d),
         GROUP=H // G,
@@ -243,7 +244,6 @@ def _cls_attention(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
         BLOCK_N=launch.KEYS,
         BLOCK_D=launch.next_power_of_2(d),
         num_warps=4,
-        **launch.CODE,
     )
     launch_row(scores, tops, totals, cls_score, out)
     return out

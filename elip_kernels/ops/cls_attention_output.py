@@ -31,9 +31,8 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._example import Arguments, Sizes, example_of
-from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
-from elip_kernels._triton import tl, triton
+from elip_kernels._triton import tl, triton, wrap_triton
 from elip_kernels.ops.absorbed import STATS, patch_scores, query_arguments
 from elip_kernels.ops.absorbed_query import (
     QueryArguments,
@@ -124,7 +123,7 @@ def cls_attention_output_reference(tokens: Tensor, *arguments: Any) -> Tensor:
     return (out if bias is None else out + bias).to(tokens.dtype)
 
 
-@kernel(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
+@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=STATS)
 def _weights_kernel(
     tokens_ptr, query_ptr, weights_ptr, rests_ptr, tops_ptr, totals_ptr, shifts_ptr, means_ptr,
     stride_tb, stride_tn, N, D, H, T, eps,
@@ -194,7 +193,7 @@ def _dot_split(weight, rest, x, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(rest, x, acc, input_precision=PRECISION)
 
 
-@kernel(do_not_specialize=["N", "T", "TILES"], do_not_specialize_on_alignment=STATS)
+@triton.jit(do_not_specialize=["N", "T", "TILES"], do_not_specialize_on_alignment=STATS)
 def _weigh_kernel(
     tokens_ptr, weights_ptr, rests_ptr, tops_ptr, totals_ptr, shifts_ptr, means_ptr,
     cls_score_ptr, cls_ptr, out_ptr, stride_tb, stride_tn, N, D, H, T, TILES,
@@ -257,7 +256,7 @@ def _weigh_kernel(
     tl.store(out_ptr + at, acc * (1.0 / total)[:, None], mask=mask_h[:, None] & mask_d[None, :])
 
 
-@kernel(do_not_specialize=["B", "P"])
+@triton.jit(do_not_specialize=["B", "P"])
 def _value_kernel(
     means_ptr, norm_weight_ptr, norm_bias_ptr, v_weight_ptr, v_bias_ptr, out_ptr, stride_v,
     B, P, D, H, W,
@@ -302,8 +301,11 @@ def _weights(tokens: Tensor, query: Tensor, eps: float) -> tuple[Tensor | None, 
     rests, shifts = (None, None) if wide else (weights[1], stats[2])
     means = tokens.new_empty(B, N - 1) if wide else None
     left = weights[0], rests, stats[0], stats[1], shifts, means
-    _weights_kernel[(B * T,)](
-        *(tokens, query, *left, *tokens.stride()[:2], N, D, H, T, eps), **settings, **launch.CODE
+    launch.run(
+        wrap_triton(_weights_kernel),
+        (B * T,),
+        *(tokens, query, *left, *tokens.stride()[:2], N, D, H, T, eps),
+        **settings,
     )
     return left
 
@@ -318,12 +320,13 @@ def weighted_means(tokens: Tensor, query: QueryArguments) -> Tensor:
     u, cls_score, cls = launch_query(query, tokens.dtype, normed=True)
     weights, *others = _weights(tokens, u, query.eps)
     T, block_n = weights.shape[1], weights.shape[3]
-    _weigh_kernel[grid](
+    launch.run(
+        wrap_triton(_weigh_kernel),
+        grid,
         *(tokens, weights, *others, cls_score, cls, means, *tokens.stride()[:2]),
         *(N, D, H, T, launch.cdiv(T, parts)),
         BLOCK_N=block_n,
         **settings,
-        **launch.CODE,
     )
     return means
 
@@ -336,10 +339,11 @@ def _values(
     (v_weight,) = launch.dense_rows(v_weight)
     gamma, beta, bias = launch.contiguous(query.norm_weight, query.norm_bias, v_bias)
     settings = launch.value(W, out.dtype, v_weight)
-    _value_kernel[(launch.cdiv(B, settings["BLOCK_B"]), H)](
+    launch.run(
+        wrap_triton(_value_kernel),
+        (launch.cdiv(B, settings["BLOCK_B"]), H),
         *(means, gamma, beta, v_weight, bias, out, v_weight.stride(0), B, P, D, H, W),
         **settings,
-        **launch.CODE,
     )
 
 

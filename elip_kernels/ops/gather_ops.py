@@ -73,7 +73,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """Return (B, G, D): weighted sums over rows (B, G, M) of x, in the dtype of `weight`."""
     (B, N, D), (_, G, M) = x.shape, rows.shape
-    if exports_onnx() or is_differentiated():  # embedding_bag is unsupported, or slow
+    if exports_onnx() or is_differentiated(x, weight):  # embedding_bag is unsupported, or slow
         sources = take_rows(x.to(weight.dtype), rows.reshape(B, G * M)).view(B, G, M, D)
         return (weight[:, :, None] @ sources)[:, :, 0].to(x.dtype)
     sums = F.embedding_bag(

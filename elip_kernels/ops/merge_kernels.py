@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
-from elip_kernels._kernel import kernel
-from elip_kernels._triton import tl, triton
+from elip_kernels._triton import tl, triton, wrap_triton
 
 LAST_SLOT = tl.constexpr(2**31 - 1)  # after every row
 
 
-@kernel(do_not_specialize=["N", "R"])
+@triton.jit(do_not_specialize=["N", "R"])
 def _order_kernel(
     size_ptr, slots_ptr, order_ptr, starts_ptr, out_size_ptr, N, R,
     HAS_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -73,7 +72,7 @@ def _load_shares(
     return x.to(tl.float32) * tl.div_rn(size, divisor)[:, None]
 
 
-@kernel(do_not_specialize=["N", "R"])
+@triton.jit(do_not_specialize=["N", "R"])
 def _merge_fwd_kernel(
     tokens_ptr, size_ptr, order_ptr, starts_ptr, out_size_ptr, out_ptr, stride_tb, stride_tn,
     N, R, D, HAS_SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -131,7 +130,7 @@ def _merge_fwd_kernel(
     )
 
 
-@kernel(do_not_specialize=["N", "R"])
+@triton.jit(do_not_specialize=["N", "R"])
 def _merge_bwd_kernel(
     grad_out_ptr, size_ptr, out_size_ptr, slots_ptr, grad_ptr, N, R, D,
     HAS_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -171,16 +170,20 @@ def merge_fwd(
     out = tokens.new_empty(B, num_rows, D)
     out_size = tokens.new_empty(B, num_rows, dtype=torch.float32)
     order, starts = slots.new_empty(B, N), slots.new_empty(B, num_rows)
-    options = {"HAS_SIZE": size is not None, **launch.CODE}
-    settings = launch.merge_order(N)
-    _order_kernel[(B, launch.cdiv(max(N, num_rows), settings["BLOCK_N"]))](
+    options = {"HAS_SIZE": size is not None}
+    settings = launch.order_by_row(N)
+    launch.run(
+        wrap_triton(_order_kernel),
+        (B, launch.cdiv(max(N, num_rows), settings["BLOCK_N"])),
         *(size, slots, order, starts, out_size, N, num_rows),
         **settings,
         **options,
     )
     settings = launch.merge_gather(tokens.element_size())
     grid = B, launch.cdiv(num_rows, settings["BLOCK_R"]), launch.cdiv(D, settings["BLOCK_D"])
-    _merge_fwd_kernel[grid](
+    launch.run(
+        wrap_triton(_merge_fwd_kernel),
+        grid,
         *(tokens, size, order, starts, out_size, out, tokens.stride(0), tokens.stride(1)),
         *(N, num_rows, D),
         **settings,
@@ -196,10 +199,11 @@ def merge_bwd(grad_out: Tensor, size: Tensor | None, out_size: Tensor, slots: Te
     grad = grad_out.new_empty(B, N, D)
     settings = launch.reduce_backward(grad_out.element_size())
     grid = B, launch.cdiv(N, settings["BLOCK_N"]), launch.cdiv(D, settings["BLOCK_D"])
-    _merge_bwd_kernel[grid](
+    launch.run(
+        wrap_triton(_merge_bwd_kernel),
+        grid,
         *(grad_out, size, out_size, slots, grad, N, R, D),
         HAS_SIZE=size is not None,
         **settings,
-        **launch.CODE,
     )
     return grad

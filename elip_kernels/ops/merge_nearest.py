@@ -24,9 +24,8 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._example import Arguments, Sizes, example_of
-from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
-from elip_kernels._triton import is_interpreted, tl
+from elip_kernels._triton import is_interpreted, tl, triton, wrap_triton
 from elip_kernels._validate import (
     check_dense,
     check_device,
@@ -150,7 +149,7 @@ def match_reference(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Ten
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
-@kernel(do_not_specialize=["N", "K"])
+@triton.jit(do_not_specialize=["N", "K"])
 def _nearest_kernel(
     metric_ptr, kept_ptr, slots_ptr, stride_mb, stride_mn, N, K, C,
     P: tl.constexpr, SMALLEST_SQUARE: tl.constexpr, WIDEN: tl.constexpr,
@@ -198,13 +197,14 @@ def _match(metric: Tensor, kept: Tensor, num_prefix_tokens: int) -> Tensor:
     metric, kept = launch.addressable(metric), kept.contiguous()
     slots = metric.new_empty(B, N, dtype=torch.int32)
     settings = launch.bipartite_match(C, metric.element_size())
-    _nearest_kernel[(B, launch.cdiv(N, settings["BLOCK_A"]))](
+    launch.run(
+        wrap_triton(_nearest_kernel),
+        (B, launch.cdiv(N, settings["BLOCK_A"])),
         *(metric, kept, slots, metric.stride(0), metric.stride(1), N, K, C),
         P=num_prefix_tokens,
         SMALLEST_SQUARE=SMALLEST_SQUARE,
         WIDEN=is_interpreted(),
         **settings,
-        **launch.CODE,
     )
     return slots
 

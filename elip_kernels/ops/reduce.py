@@ -20,9 +20,8 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._example import Arguments, Sizes, example_of
-from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator, exports_onnx
-from elip_kernels._triton import tl
+from elip_kernels._triton import tl, triton, wrap_triton
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.info import ReductionInfo
 from elip_kernels.ops.gather_ops import (
@@ -166,7 +165,7 @@ def _movement(slots: Tensor, weights: Tensor, R: int, merge: bool) -> tuple[Tens
     return slots.clamp(max=R - 1).long(), scale
 
 
-@kernel(do_not_specialize=["N", "K"])
+@triton.jit(do_not_specialize=["N", "K"])
 def _reduce_fwd_kernel(
     tokens_ptr, scores_ptr, mask_ptr, out_ptr, kept_ptr, weights_ptr, slots_ptr,
     stride_tb, stride_tn, stride_sb, stride_mb, N, K, D,
@@ -202,7 +201,7 @@ def _reduce_fwd_kernel(
     )
 
 
-@kernel(do_not_specialize=["N", "R"])
+@triton.jit(do_not_specialize=["N", "R"])
 def _reduce_bwd_kernel(
     grad_out_ptr, slots_ptr, weights_ptr, grad_ptr, N, R, D,
     MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -252,7 +251,9 @@ def _reduce_fwd(
         launch_move(tokens, out, weights, slots, merge=merge)
         return out, kept, weights, slots
     settings = launch.reduce_forward(scores.shape[1], tokens.element_size())
-    _reduce_fwd_kernel[(B * launch.cdiv(D, settings["BLOCK_D"]),)](
+    launch.run(
+        wrap_triton(_reduce_fwd_kernel),
+        (B * launch.cdiv(D, settings["BLOCK_D"]),),
         *(tokens, scores, mask, out, kept, weights, slots),
         *(tokens.stride(0), tokens.stride(1), scores.stride(0)),
         *(0 if mask is None else mask.stride(0), N, keep, D),
@@ -260,7 +261,6 @@ def _reduce_fwd(
         MERGE=merge,
         HAS_MASK=mask is not None,
         **settings,
-        **launch.CODE,
     )
     return out, kept, weights, slots
 
@@ -272,11 +272,12 @@ def _reduce_bwd(grad_out: Tensor, slots: Tensor, weights: Tensor, merge: bool) -
     grad = grad_out.new_empty(B, N, D)
     settings = launch.reduce_backward(grad_out.element_size())
     tiles = launch.cdiv(N, settings["BLOCK_N"]) * launch.cdiv(D, settings["BLOCK_D"])
-    _reduce_bwd_kernel[(B * tiles,)](
+    launch.run(
+        wrap_triton(_reduce_bwd_kernel),
+        (B * tiles,),
         *(grad_out, slots, weights, grad, N, R, D),
         MERGE=merge,
         **settings,
-        **launch.CODE,
     )
     return grad
 

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from elip_kernels import launch
-from elip_kernels._kernel import kernel
-from elip_kernels._triton import tl
+from elip_kernels._triton import tl, triton, wrap_triton
 from elip_kernels.ops.select_device import load_tile, part_and_slice, zero_rows
 
 
-@kernel(do_not_specialize=["N", "R"])
+@triton.jit(do_not_specialize=["N", "R"])
 def _move_kernel(
     tokens_ptr, out_ptr, weights_ptr, slots_ptr, stride_tb, stride_tn, N, R, D,
     MERGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -73,9 +72,10 @@ def launch_move(
     """Write `out` (B, R, D) from tokens (B, N, D) whose last stride is 1."""
     (B, N, D), R = tokens.shape, out.shape[1] - merge
     settings = launch.move(N, tokens.element_size())
-    _move_kernel[(B * launch.cdiv(D, settings["BLOCK_D"]),)](
+    launch.run(
+        wrap_triton(_move_kernel),
+        (B * launch.cdiv(D, settings["BLOCK_D"]),),
         *(tokens, out, weights, slots, *tokens.stride()[:2], N, R, D),
         MERGE=merge,
         **settings,
-        **launch.CODE,
     )

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._example import Arguments, Sizes, example_of
-from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
-from elip_kernels._triton import tl
+from elip_kernels._triton import tl, triton, wrap_triton
 from elip_kernels._validate import (
     check_device,
     check_flags,
@@ -165,7 +164,7 @@ def score_reduce_reference(
     return *reduce_reference(tokens, row[:, 1:], None, keep, 1, merge), row
 
 
-@kernel(do_not_specialize=["N", "K", "T"], do_not_specialize_on_alignment=STATS)
+@triton.jit(do_not_specialize=["N", "K", "T"], do_not_specialize_on_alignment=STATS)
 def _score_select_kernel(
     scores_ptr, tops_ptr, totals_ptr, cls_score_ptr, row_ptr, kept_ptr, weights_ptr, slots_ptr,
     N, K, H, T,
@@ -205,14 +204,15 @@ def _score_reduce(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
             launch_row(*parts, row)
         else:
             block_n, block_t, num_warps = launch.select(N - 1, T)
-            _score_select_kernel[(B,)](
+            launch.run(
+                wrap_triton(_score_select_kernel),
+                (B,),
                 *(*parts, row, *selection, N, keep, H, T),
                 MERGE=merge,
                 BLOCK_N=block_n,
                 BLOCK_T=block_t,
                 BLOCK_H=launch.heads_a_step(block_n, block_t, num_warps),
                 num_warps=num_warps,
-                **launch.CODE,
             )
     if is_long or known is not None:
         launch_select(row[:, 1:], None, *selection, num_prefix_tokens=1, merge=merge)

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._example import Arguments, Sizes, example_of
-from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
-from elip_kernels._triton import is_interpreted, tl, triton
+from elip_kernels._triton import is_interpreted, tl, triton, wrap_triton
 from elip_kernels._validate import (
     check_dense,
     check_device,
@@ -136,7 +135,7 @@ def diverse_reference(
     return torch.stack(order, 1)
 
 
-@kernel(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"])
 def _cosines_kernel(
     tokens_ptr, real_ptr, cosine_ptr, nearest_ptr, stride_tb, stride_tn, stride_rb, N, D,
     SMALLEST_SQUARE: tl.constexpr, HAS_NEAREST: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -184,7 +183,7 @@ def load_level(cosine_ptr, real_ptr, first, offs_n, N, HAS_MASK: tl.constexpr):
     return tl.where(mask_n, level, BEYOND)
 
 
-@kernel(do_not_specialize=["N", "K", "T"])
+@triton.jit(do_not_specialize=["N", "K", "T"])
 def _diverse_kernel(
     cosine_ptr, nearest_ptr, first_ptr, real_ptr, order_ptr, stride_rb, N, K, T,
     HAS_FIRST: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -227,7 +226,9 @@ def launch_cosines(
     settings = launch.bipartite_match(D, tokens.element_size())
     cosine = tokens.new_empty(B, N, N, dtype=torch.float32)
     grid = B, launch.cdiv(N, settings["BLOCK_A"]), launch.cdiv(N, settings["BLOCK_B"])
-    _cosines_kernel[grid](
+    launch.run(
+        wrap_triton(_cosines_kernel),
+        grid,
         *(tokens, real, cosine, nearest, tokens.stride(0), tokens.stride(1)),
         *(0 if real is None else real.stride(0), N, D),
         SMALLEST_SQUARE=SMALLEST_SQUARE,
@@ -235,7 +236,6 @@ def launch_cosines(
         HAS_MASK=real is not None,
         WIDEN=is_interpreted(),
         **settings,
-        **launch.CODE,
     )
     return cosine
 
@@ -248,13 +248,14 @@ def _diverse(tokens: Tensor, real: Tensor | None, first: Tensor | None, keep: in
     T = launch.cdiv(N, launch.bipartite_match(D, tokens.element_size())["BLOCK_A"])
     nearest = tokens.new_empty(B, T, N, dtype=torch.float32) if first is None else None
     cosine = launch_cosines(tokens, real, nearest)
-    _diverse_kernel[(B,)](
+    launch.run(
+        wrap_triton(_diverse_kernel),
+        (B,),
         *(cosine, nearest, None if first is None else first.contiguous(), real, order),
         *(0 if real is None else real.stride(0), N, keep, T),
         HAS_FIRST=first is not None,
         HAS_MASK=real is not None,
-        **launch.greedy(N),
-        **launch.CODE,
+        **launch.greedy_selection(N),
     )
     return order
 

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._example import Arguments, Sizes, example_of
-from elip_kernels._kernel import kernel
 from elip_kernels._operator import Operator
-from elip_kernels._triton import tl
+from elip_kernels._triton import tl, triton, wrap_triton
 from elip_kernels._validate import check_device, check_shape, check_tensor
 from elip_kernels.ops.bipartite import unit_rows
 from elip_kernels.ops.gather_ops import accumulator
@@ -125,7 +124,7 @@ def dpp_reference(
     return torch.cat(order, 1)
 
 
-@kernel(do_not_specialize=["N", "K"])
+@triton.jit(do_not_specialize=["N", "K"])
 def _dpp_kernel(
     cosine_ptr, relevance_ptr, real_ptr, factor_ptr, order_ptr, stride_qb, stride_rb, N, K,
     HAS_RELEVANCE: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -178,14 +177,15 @@ def _dpp(tokens: Tensor, relevance: Tensor | None, real: Tensor | None, keep: in
     real, relevance = launch.dense_rows(real, relevance)
     cosine = launch_cosines(tokens)
     factor = cosine.new_empty(B, keep, N)
-    _dpp_kernel[(B,)](
+    launch.run(
+        wrap_triton(_dpp_kernel),
+        (B,),
         *(cosine, relevance, real, factor, order),
         *(0 if t is None else t.stride(0) for t in (relevance, real)),
         *(N, keep),
         HAS_RELEVANCE=relevance is not None,
         HAS_MASK=real is not None,
-        **launch.greedy(N),
-        **launch.CODE,
+        **launch.greedy_selection(N),
     )
     return order
 

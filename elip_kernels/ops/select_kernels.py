@@ -10,8 +10,7 @@ Both select the same tokens. A score is read from memory once, and from the cach
 from torch import Tensor
 
 from elip_kernels import launch
-from elip_kernels._kernel import kernel
-from elip_kernels._triton import tl, triton
+from elip_kernels._triton import tl, triton, wrap_triton
 from elip_kernels.ops.select_device import (
     EPSILON,
     SCALE,
@@ -39,7 +38,7 @@ def _load_scores(
     return offs_n, mask_n, is_real, score
 
 
-@kernel(do_not_specialize=["N", "K"])
+@triton.jit(do_not_specialize=["N", "K"])
 def _select_kernel(
     scores_ptr, real_ptr, kept_ptr, weights_ptr, slots_ptr, stride_sb, stride_rb, N, K,
     P: tl.constexpr, MERGE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -104,7 +103,7 @@ def _sum_of_merged(
     return below + beside * ((equal - quota).to(tl.float32) / equal)
 
 
-@kernel(do_not_specialize=["N", "K"])
+@triton.jit(do_not_specialize=["N", "K"])
 def _stream_kernel(
     scores_ptr, real_ptr, kept_ptr, weights_ptr, slots_ptr, stride_sb, stride_rb, N, K,
     P: tl.constexpr, MERGE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -154,11 +153,13 @@ def launch_select(
 ) -> None:
     """Write `kept` (B, K) from scores (B, N) and, if given, `weights` and `slots` (B, p+N)."""
     B, N = scores.shape
-    kernel, candidates = _select_kernel, N
+    kernel, candidates = wrap_triton(_select_kernel), N
     if N > launch.MAX_SELECTED:
-        kernel, candidates = _stream_kernel, launch.TILE
+        kernel, candidates = wrap_triton(_stream_kernel), launch.TILE
     block_n, _, num_warps = launch.select(candidates, 1)
-    kernel[(B,)](
+    launch.run(
+        kernel,
+        (B,),
         *(scores, real, kept, weights, slots, scores.stride(0)),
         *(0 if real is None else real.stride(0), N, kept.shape[1]),
         P=num_prefix_tokens,
@@ -166,5 +167,4 @@ def launch_select(
         HAS_MASK=real is not None,
         BLOCK_N=block_n,
         num_warps=num_warps,
-        **launch.CODE,
     )

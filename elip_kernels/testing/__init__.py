@@ -1,7 +1,7 @@
 """Test cases, inputs, and switches that run the kernels on CPU tensors.
 
 With TRITON_INTERPRET=1, set before triton is imported, the interpreter runs a kernel on CPU
-tensors. `kernels_on_cpu` registers the launchers for them and counts the launches. The interpreter
+tensors. `kernels_on_cpu` runs them there and counts the launches. The interpreter
 does not show
 
     rounding   of tensor cores: two-byte and tf32x3 products are computed in fp32, and exponentials
@@ -14,7 +14,7 @@ does not show
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elip_kernels  # noqa: F401  (its operators and examples)
+from elip_kernels import launch
 from elip_kernels._example import EXAMPLES, Sizes
 from elip_kernels._operator import OPERATORS, Operator
 from elip_kernels._triton import is_interpreted
-from elip_kernels.autocast import without_autocast
 
 
 @dataclass(frozen=True)
@@ -109,19 +109,17 @@ def kernels_on_cpu() -> Iterator[Counter]:
 
 @contextmanager
 def launchers_on_cpu() -> Iterator[Counter]:
-    """Dispatch CPU tensors to the launchers of CUDA inside the block; yield the launches by op."""
+    """Take the CPU as a device with kernels inside the block; yield the launches by op."""
     launches: Counter = Counter()
+    own = Operator.launch
 
-    def counted(operator: Operator) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            launches[f"elip::{operator.name}"] += 1
-            return operator.on_device(*args)
+    def counted(operator: Operator, *args: Any) -> Any:
+        launches[f"elip::{operator.name}"] += 1
+        return own(operator, *args)
 
-        return without_autocast(run)
-
-    with torch.library._scoped_library("elip", "IMPL") as library, ExitStack() as stack:
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(launch, "DEVICES", {*launch.DEVICES, "cpu"}))
+        stack.enter_context(patch.object(Operator, "launch", counted))
         for operator in OPERATORS.values():
-            run = counted(operator)
-            library.impl(operator.name, run, "CPU")
-            stack.enter_context(patch.dict(operator.implementations, cpu=run))
+            stack.enter_context(operator.op.set_kernel_enabled("cpu", enabled=False))
         yield launches

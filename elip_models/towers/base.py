@@ -137,7 +137,7 @@ class Tower(Positions):
             own = own[:, :, : q.shape[2]]  # of the first tokens, if these alone attend
             bias = own if bias is None else own + bias
         # fused attention has no tangent
-        with sdpa_kernel(SDPBackend.MATH) if has_tangents() else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH) if has_tangents(q, k, v) else nullcontext():
             attended = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, dropout_p=self.attention_dropout(i), scale=self.scale
             )

@@ -16,7 +16,6 @@ import torch
 
 import elip_kernels
 import elip_models
-from elip_kernels._kernel import captured_launches
 from elip_kernels._switch import ProcessSwitch
 from elip_kernels.autocast import no_autocast
 from elip_models import validation
@@ -52,7 +51,6 @@ MARK = re.compile("contextmanager$|AbstractContextManager")
 CONTEXTS = {
     "use_pytorch_ops": lambda its: elip_kernels.use_pytorch_ops(),
     "export_custom_ops": lambda its: elip_kernels.export_custom_ops(),
-    "captured_launches": lambda its: captured_launches(),
     "guidance": lambda its: guidance(its.vit, its.text),
     "budget": lambda its: budget(its.llava, its.keep),
     "record_stages": lambda its: record_stages(its.vit),
@@ -90,8 +88,8 @@ CONTEXTS = {
 }
 """Name -> the context manager of a thread, by what is its own."""
 OTHERS = {
-    "kernels_on_cpu": "replaces the implementations of the process, for tests",
-    "launchers_on_cpu": "replaces the implementations of the process, for tests",
+    "kernels_on_cpu": "is for the whole process, in tests",
+    "launchers_on_cpu": "is for the whole process, in tests",
     "upload_folder": "a process has one page",
     "connected": "a process has one connection to Ray",
     "evaluation_model": "a process has one run",

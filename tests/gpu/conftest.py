@@ -10,7 +10,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.gpu.ops import IS_INTERPRETED, ON_GPU, pick
+from elip_kernels import launch
+from tests.gpu.ops import IS_INTERPRETED, ON_GPU
 
 RUNS = ON_GPU or IS_INTERPRETED
 NEEDS = {"test_tower.py": "timm", "test_benchmarks.py": "cpuinfo"}
@@ -30,15 +31,6 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
-def kernel_class():
-    """Return the class of kernels that `@kernel` makes here."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from elip_kernels._kernel import Kernel
-
-    return pick(Kernel, InterpretedFunction)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _kernels_and_cuda():
     """On a CPU, run the kernels in the interpreter and replace `torch.cuda`."""
@@ -48,7 +40,7 @@ def _kernels_and_cuda():
     from elip_kernels.testing import kernels_on_cpu
     from tests.gpu.fake_cuda import fake_cuda, guarded_launches
 
-    with kernels_on_cpu(), fake_cuda(), guarded_launches(kernel_class()):
+    with kernels_on_cpu(), fake_cuda(), guarded_launches():
         yield
 
 
@@ -60,13 +52,11 @@ def device():
 @pytest.fixture
 def launches(monkeypatch):
     """Count the launches of this project's kernels by name."""
-    Kernel = kernel_class()
-    counter, run = Counter(), Kernel.run
+    counter, run = Counter(), launch.run
 
-    def counted(kernel, *args, **kwargs):
-        if kernel.fn.__module__.startswith("elip_kernels."):
-            counter[kernel.fn.__name__] += 1
-        return run(kernel, *args, **kwargs)
+    def counted(kernel, *args, **settings):
+        counter[kernel.fn.__name__] += 1
+        run(kernel, *args, **settings)
 
-    monkeypatch.setattr(Kernel, "run", counted)
+    monkeypatch.setattr(launch, "run", counted)
     return counter

@@ -92,9 +92,9 @@ def fake_cuda():
 
 
 @contextmanager
-def guarded_launches(Kernel):
+def guarded_launches():
     """Raise inside the block if a kernel is not launched under `launch.device_guard`."""
-    guards, run = [], Kernel.run
+    guards, run = [], launch.run
 
     @contextmanager
     def device_guard(tensor):
@@ -106,10 +106,10 @@ def guarded_launches(Kernel):
 
     def guarded(kernel, *args, **kwargs):
         assert guards, f"{kernel.fn.__name__} is launched on the current device, not its tensors'"
-        return run(kernel, *args, **kwargs)
+        run(kernel, *args, **kwargs)
 
     with (
         patch.object(launch, "device_guard", autospec=True, side_effect=device_guard),
-        patch.object(Kernel, "run", guarded),
+        patch.object(launch, "run", guarded),
     ):
         yield

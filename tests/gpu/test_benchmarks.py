@@ -5,7 +5,6 @@ import torch
 
 from benchmarks import cases, comparison, sweeps, tune
 from elip_models.profiling import measure
-from tests.gpu.conftest import kernel_class
 from tests.gpu.ops import ON_GPU, WIDTH, pick
 
 pytestmark = pytest.mark.gpu
@@ -18,7 +17,6 @@ def _take_the_way_of_a_gpu(monkeypatch):
     for module in (cases, tune):
         monkeypatch.setattr(module, "ON_GPU", True)
     monkeypatch.setattr(sweeps, "WIDTH", WIDTH)
-    monkeypatch.setattr(tune, "Kernel", kernel_class())
 
 
 @pytest.mark.parametrize("sweep", pick(tune.SWEEPS, SMALL), ids=lambda s: f"{s.op}-{s.table}")

@@ -36,7 +36,7 @@ def test_opcheck_of_the_ops_of_a_call(device, name, dtype):
     with RecordedCalls() as recorded:
         ops.OPS[name].outputs(ops.example(name, device, 2, 50, dtype))
     for op, (first, *others) in dict(reversed(recorded.calls)).items():
-        leaf = first.detach().requires_grad_(OPERATORS[op].function is not None)
+        leaf = first.detach().requires_grad_(OPERATORS[op].has_gradient)
         check(OPERATORS[op].overload, (leaf, *others))
 
 
@@ -62,7 +62,8 @@ def test_compiles_whole_and_once_for_all_batches_and_counts(device, launches, bo
         expected.backward(upstream)
         ops.assert_alike((got.detach(), ours.grad), (expected.detach(), eager.grad))
     assert compiles.frame_count == 1
-    assert launches["_reduce_bwd_kernel"] == 2 * len(BATCHES)  # compiled and eager
+    # a compiled graph on a GPU makes its own launches
+    assert launches["_reduce_bwd_kernel"] == pick(1, 2) * len(BATCHES)
 
 
 def test_a_graph_of_the_compiler_replays(device):

@@ -126,4 +126,4 @@ def test_the_values_weights_are_rows_of_a_larger_matrix(launches, poisoned_memor
     for v_weight in (torch.cat([weight, weight], 1)[:, 32:], weight.mT.contiguous().mT):
         got = elip_kernels.cls_attention_output(tokens, cls, **arguments | {"v_weight": v_weight})
         assert error(got, expected) <= BUDGET[torch.float32]
-    assert launches[NAME] == 3
+    assert launches[NAME] == 2  # fp64 runs PyTorch

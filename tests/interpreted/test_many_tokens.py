@@ -66,7 +66,7 @@ def test_merging_many_tokens(launches, monkeypatch):
     tiles = {"BLOCK_A": 512, "BLOCK_B": 512, "BLOCK_C": 16, "num_warps": 4}
     monkeypatch.setattr("elip_kernels.launch.bipartite_match", lambda C, size: tiles)
     order = {"BLOCK_N": 512, "BLOCK_M": 512, "num_warps": 4}
-    monkeypatch.setattr("elip_kernels.launch.merge_order", lambda N: order)
+    monkeypatch.setattr("elip_kernels.launch.order_by_row", lambda N: order)
     tokens, metric = torch.randn(1, N, 3), torch.randn(1, N, 8)
     size, penalty = torch.randint(1, 6, (1, N)).float(), 3.0 * (torch.rand(1, N) < 0.3)
     kept, r = elip_kernels.select_tokens(torch.rand(1, N), N // 8), N // 3

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import elip_kernels
 import elip_models
@@ -89,6 +90,26 @@ def test_transforms_inside_a_graph_and_around_vmap(op):
     for made in (torch.func.grad(loss), lambda x: torch.func.jvp(loss, (x,), (v,))[1]):
         compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), made(x))
+
+
+@pytest.mark.parametrize("op", OPS[:2])
+def test_transforms_nest_as_backward_of_backward_does(op):
+    def loss(tokens):
+        return op(tokens).pow(3).sum()
+
+    x = torch.randn(1, N, D, dtype=torch.float64)
+    expected = torch.autograd.functional.hessian(loss, x)
+    for second in (torch.func.hessian(loss), torch.func.jacrev(torch.func.grad(loss))):
+        torch.testing.assert_close(second(x), expected)
+
+
+@pytest.mark.parametrize("op", OPS[:2])
+def test_dual_numbers_have_a_tangent(op):
+    x, v = torch.randn(2, B, N, D, dtype=torch.float64)
+    _, expected = torch.func.jvp(op, (x,), (v,))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, v)
+        torch.testing.assert_close(forward_ad.unpack_dual(op(dual)).tangent, expected)
 
 
 @pytest.mark.parametrize("strategy", ["elip:merge=none", "tome", "random:merge=nearest"])

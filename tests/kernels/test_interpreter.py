@@ -5,9 +5,7 @@ import pytest
 from elip_kernels._triton import HAS_TRITON
 from tests.helpers.interpreter import check_passes, file
 
-SMALL = [f"{file('traffic')}::test_every_op_stores_each_byte_once_and_touches_nothing_else"]
-SMALL += [f"{file('traffic')}::test_each_byte_of_a_small_call_moves_once"]
-SMALL += [f"{file('reduce_kernel')}::test_masks"]
+SMALL = [f"{file('traffic')}::test_each_byte_moves_once", f"{file('reduce_kernel')}::test_masks"]
 HALF = [file(name) for name in ("reduce_kernel", "traffic")]
 
 pytestmark = pytest.mark.skipif(

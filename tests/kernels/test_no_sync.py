@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_map_only
 
+from elip_kernels import launch
 from elip_kernels._example import EXAMPLES
-from elip_kernels._kernel import Kernel
 from elip_kernels._operator import OPERATORS
 from elip_kernels._triton import HAS_TRITON
 from elip_kernels.testing import WITH_KERNELS, RecordedCalls, call
@@ -44,11 +44,11 @@ def test_public_functions_do_not_read_data(name, dtype):
 @pytest.mark.parametrize("name", WITH_KERNELS)
 def test_launchers_and_references_do_not_read_data(name, dtype, monkeypatch):
     launched = []
-    if HAS_TRITON:
-        monkeypatch.setattr(Kernel, "run", lambda self, *args, **kw: launched.append(self))
+    monkeypatch.setattr(launch, "run", lambda kernel, *args, **kw: launched.append(kernel))
     for op, arguments in run(name, dtype):
         operator = OPERATORS[op]
-        for form in (operator.reference, operator.on_device):
+        has_kernels = operator.unsupported(*arguments) is None
+        for form in (operator.reference, *([operator.launch] if has_kernels else [])):
             with FakeTensorMode() as mode:
                 form(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
     assert bool(launched) == (HAS_TRITON and dtype != torch.float64)
