@@ -2,8 +2,9 @@
 
 import inspect
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from elip_models.validation import (
     PACKAGES,
@@ -150,16 +151,25 @@ def _compare(model: "nn.Module", path: Path, count: int) -> tuple[float, float]:
     """Return the largest difference between the outputs of both, and the largest output."""
     import onnxruntime
     import torch
-    from torch.utils import _pytree as pytree
 
     inputs = _inputs(model, count)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     outputs = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     with torch.no_grad():
-        leaves = pytree.tree_leaves(model(**inputs))
-    expected = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        expected = list(_tensors_in(model(**inputs)))
     differences = [
         (torch.from_numpy(output) - tensor).abs().max()
         for output, tensor in zip(outputs, expected, strict=True)
     ]
     return float(max(differences)), float(max(tensor.abs().max() for tensor in expected))
+
+
+def _tensors_in(output: Any) -> "Iterator[Tensor]":
+    """Yield the tensors in the output of a model, in its order."""
+    from torch import Tensor
+
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors_in(value)

@@ -190,7 +190,7 @@ def _adapters(model: nn.Module, rank: int | None) -> Iterator[None]:
     if rank is None:
         yield
         return
-    if any("base_layer" in module._modules for module in model.modules()):
+    if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("lora_rank: expected None for a model that has adapters, which then train")
     with require_extra("lora_rank"):
         from peft import LoraConfig, inject_adapter_in_model

@@ -302,14 +302,15 @@ def _open_transformers(folder: Path, described: dict[str, Any]) -> nn.Module:
 
 
 def _write_timm(model: nn.Module, folder: Path, config: Config) -> None:
-    from timm.models._hub import save_config_for_hf
+    from timm.models import save_for_hf
 
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
         raise ValueError(
             f"model: expected a model of timm.create_model, which stores its arguments in "
             f"pretrained_cfg, got a {type(model).__name__} without it"
         )
-    save_config_for_hf(model, folder / CONFIG, model_args=config)
+    save_for_hf(model, folder, model_args=config)
+    (folder / "pytorch_model.bin").unlink()  # timm pickles the weights, which follow below
     write_tensors(folder / "model.safetensors", model.state_dict())
 
 

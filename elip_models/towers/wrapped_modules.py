@@ -3,12 +3,11 @@
 Weights of a projection:
 
     nn.Linear    W, also a parametrized one
-    LoRA         W + sum_a s_a B_a A_a                       a over the active adapters
-    DoRA         W + sum_a (g_a - 1) W + g_a s_a B_a A_a     g_a = m_a / |W + s_a B_a A_a|, by row
+    LoRA         W + sum_a s_a B_a A_a     a over the active adapters
 
 Merged or disabled adapters leave W as it is now. Nothing is cached between calls, because no
 version counter records a change through `.data` or by an optimizer's own kernels. Any other layer
-(quantised, hooked, with another forward) has no readable weight: callers run it instead.
+(DoRA, quantised, hooked, with another forward) has no readable weight: callers run it instead.
 
 `fully_shard` (FSDP2) gathers a module's parameters in a forward pre-hook, before all other hooks,
 and frees them in a forward hook. Elsewhere, `unsharded(module)` gathers them without gradient, and
@@ -26,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from elip_kernels.autocast import no_autocast
 
@@ -273,7 +271,7 @@ def _linear(layer: nn.Module) -> Affine | None:
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         return None
     weight = layer.weight
-    is_quantised = is_traceable_wrapper_subclass(weight)
+    is_quantised = hasattr(weight, "__tensor_flatten__")  # the protocol of wrapper subclasses
     return None if is_quantised or is_hooked(layer) else Affine(weight, layer.bias)
 
 
@@ -284,19 +282,15 @@ def _lora(layer: nn.Module) -> Affine | None:
     adapters = [] if layer.disable_adapters or layer.merged else _active(layer)
     if not adapters:
         return base
-    if not all(_is_affine(layer, adapter) for adapter in adapters):
+    if not all(_is_plain_lora(layer, adapter) for adapter in adapters):
         return None
     return _adapted(layer, base, adapters)
 
 
-def _is_affine(layer: nn.Module, adapter: str) -> bool:
-    """Return whether the adapter is plain LoRA or DoRA, as in the formulas at the top."""
-    if any(_linear(part[adapter]) is None for part in (layer.lora_A, layer.lora_B)):
-        return False
-    variant = layer.lora_variant.get(adapter)
-    if adapter not in layer.lora_magnitude_vector:
-        return variant is None
-    return type(variant).__name__ == "DoraLinearVariant" and not layer.lora_bias[adapter]
+def _is_plain_lora(layer: nn.Module, adapter: str) -> bool:
+    """Return whether the adapter is plain LoRA, as in the formula at the top."""
+    is_readable = all(_linear(part[adapter]) for part in (layer.lora_A, layer.lora_B))
+    return is_readable and layer.lora_variant.get(adapter) is None
 
 
 @torch.no_grad()
@@ -304,13 +298,7 @@ def _adapted(layer: nn.Module, base: Affine, adapters: list[str]) -> Affine:
     weight, bias = base
     with no_autocast(weight):
         for adapter in adapters:
-            delta = layer.get_delta_weight(adapter)
-            if adapter in layer.lora_magnitude_vector:
-                updated = base.weight + delta
-                magnitude = layer.lora_magnitude_vector[adapter].weight
-                gain = magnitude / torch.linalg.norm(updated, dim=1)
-                delta = gain[:, None] * updated - base.weight
-            weight = weight + delta
+            weight = weight + layer.get_delta_weight(adapter)
             if layer.lora_bias[adapter]:
                 more = layer.lora_B[adapter].bias * layer.scaling[adapter]
                 bias = more if bias is None else bias + more

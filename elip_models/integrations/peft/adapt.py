@@ -132,7 +132,7 @@ def merge_(model: Model) -> Model:
             "model: expected LoRA adapters, got bottlenecks, which are not linear and cannot be "
             "merged; save_pretrained keeps them"
         )
-    adapted = {n: m for n, m in model.named_modules() if "base_layer" in m._modules}
+    adapted = {n: m for n, m in model.named_modules() if hasattr(m, "base_layer")}
     for name, layer in adapted.items():
         layer.merge()
         model.set_submodule(name, layer.base_layer)
@@ -187,7 +187,7 @@ def _check_targets(model: AdaptableModel, targets: Targets, layers: dict[str, nn
             f"target_modules: expected the names of linear layers in {type(model).__name__}, got "
             f"{targets!r}, which matches {others or 'nothing'}"
         )
-    tied = Counter(id(weight) for m in model.modules() for weight in m._parameters.values())
+    tied = Counter(id(weight) for m in model.modules() for weight in m.parameters(recurse=False))
     read = set(READ_AS_WEIGHTS.get(model.family.split("_")[0], ()))
     read |= {name for name, layer in layers.items() if tied[id(layer.weight)] > 1}
     if read := sorted(read & layers.keys()):

@@ -8,15 +8,15 @@ Source: MoCo (He et al., 2020); ALBEF, section 3.2; BLIP.
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from elip_kernels.autocast import no_autocast
 
 
-@torch.no_grad()
 def update_momentum_(copied: nn.Module, online: nn.Module, momentum: float) -> None:
     """Update the parameters of the copy by those of the online module."""
     theirs, ours = list(copied.parameters()), list(online.parameters())
-    torch._foreach_lerp_(theirs, ours, 1.0 - momentum)
+    get_ema_multi_avg_fn(momentum)(theirs, ours, None)
 
 
 NO_IMAGE = -100  # image id of the columns of a queue that were never filled
