@@ -226,16 +226,26 @@ def _hidden_folder(parent: Path, prefix: str) -> Iterator[Path]:
         if (left / LOCK).exists():
             with suppress(*NOT_LOCKED), FileLock(left / LOCK, timeout=0):
                 _remove(left)
-    hidden = Path(mkdtemp(dir=parent, prefix=prefix))
-    lock = FileLock(hidden / LOCK, timeout=0)
+    hidden, lock = _locked_folder(parent, prefix)
     try:
-        with suppress(NotImplementedError):
-            lock.acquire()
         (hidden / NEW).mkdir()
         yield hidden / NEW
     finally:
         lock.release()
         _remove(hidden)
+
+
+def _locked_folder(parent: Path, prefix: str) -> tuple[Path, FileLock]:
+    """Create a hidden folder and lock it; another one if a save removes it before it is locked."""
+    while True:
+        hidden = Path(mkdtemp(dir=parent, prefix=prefix))
+        lock = FileLock(hidden / LOCK, timeout=0)
+        with suppress(Timeout, FileNotFoundError):
+            with suppress(NotImplementedError):  # a file system without locks
+                lock.acquire()
+            if hidden.is_dir():
+                return hidden, lock
+            lock.release()
 
 
 def _remove(hidden: Path) -> None:

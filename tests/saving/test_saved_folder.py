@@ -2,8 +2,11 @@
 
 import os
 import threading
+from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
+from filelock import FileLock
 
 import elip_models
 from elip_models.pretraining.models.base import WRITTEN
@@ -93,6 +96,23 @@ def test_saves_at_once_leave_one_of_them(tmp_path):
     found = texts(tmp_path / "model")
     number = int(found.pop("config.json").strip("[]"))
     assert found == {names[number].replace("_", "."): "{}"}
+
+
+def test_a_hidden_folder_that_another_save_takes_for_a_left_one_is_made_again(
+    tmp_path, monkeypatch
+):
+    made = []
+
+    def taken(**options):
+        made.append(FileLock(Path(mkdtemp(**options)) / "lock"))
+        if len(made) == 1:
+            made[0].acquire()
+        return Path(made[-1].lock_file).parent
+
+    monkeypatch.setattr("elip_models.saving.saved_folder.mkdtemp", taken)
+    save(tmp_path / "model", config_json="{}")
+    made[0].release()
+    assert len(made) == 2 and texts(tmp_path / "model") == {"config.json": "{}"}
 
 
 def test_an_upload_removes_the_files_of_an_earlier_save_in_its_commit(monkeypatch):
