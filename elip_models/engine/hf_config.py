@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from elip_models.engine.reduced_model import Reduction
+from elip_models.engine.reduction import Reduction
 from elip_models.strategies.serialization import check_stored, settings_of, strategy_of
 from elip_models.strategies.strategy import Strategy
 from elip_models.towers import ImageTextModel, Tower, library_of

@@ -166,7 +166,7 @@ def test_a_call_that_stops_early_leaves_nothing():
     _, grids = layers(model, x)
     found = model.forward_intermediates(x, indices=[3], stop_early=True, intermediates_only=True)
     assert torch.equal(found[0].flatten(2).mT, grids[3][:, 1:])
-    assert model.blocks[3].forward.reduction.eager.running.forward is None
+    assert model.blocks[3].forward.passes.eager.running.forward is None
     assert torch.equal(model(x), expected)
 
 
