@@ -12,7 +12,7 @@ from elip_models.engine.graph_pass import set_guidance
 from elip_models.engine.reduced_block import Args, Kwargs, Passes, refuse_fx
 from elip_models.engine.reduction import Reduction
 from elip_models.towers.base import original_method, scoring_context
-from elip_models.towers.module_references import ModuleReference, strongly, weakly
+from elip_models.towers.tower_parts import ModuleReference, strongly, weakly
 
 MODEL_MASKS = ("attention_mask", "pixel_attention_mask", "patch_attention_mask")
 

@@ -32,7 +32,7 @@ from elip_models.call_context import (
 from elip_models.engine._private import in_autograd_function
 from elip_models.engine.forward_state import BlockStep, ForwardState
 from elip_models.engine.graph_pass import GraphPass
-from elip_models.engine.padding import mask_like
+from elip_models.engine.padding import BLOCK_MASKS, with_masks
 from elip_models.engine.recomputation import (
     Label,
     LeaveBlock,
@@ -46,7 +46,6 @@ from elip_models.towers.base import original_method
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-BLOCK_MASKS = ("attn_mask", "attention_mask")
 REFUSED = (
     "checkpoint: expected use_reentrant=False on a reduced model, got a re-entrant one, whose "
     "recomputation cannot find its forward pass; pass use_reentrant=False. The forward of any "
@@ -365,20 +364,6 @@ class ReducedBlock:
                 "TorchScript exporter does not know, got False; pass dynamo=True"
             )
         return args[0], kwargs, self._mask(args, kwargs) if kwargs or len(args) > 1 else None
-
-
-def with_masks(args: Args, kwargs: Kwargs, real: Tensor | None) -> tuple[Args, Kwargs]:
-    """Return a block's arguments with masks of the tokens `real` (B, N), or without any.
-
-    torch.export cannot read the values of a mask, so transformers models pass one that hides no
-    token, where they pass None in a call.
-    """
-
-    def changed(mask: Tensor | None) -> Tensor | None:
-        return None if mask is None or real is None else mask_like(mask, real)
-
-    named = {name: changed(kwargs[name]) for name in BLOCK_MASKS if name in kwargs}
-    return (args[0], *(changed(mask) for mask in args[1:])), kwargs | named
 
 
 def refuse_fx(tensor: Any) -> None:

@@ -15,7 +15,7 @@ from elip_models.call_context import Block, Pairing, drop_guide, records_of, set
 from elip_models.strategies.strategy import Strategy
 from elip_models.strategies.summary import Summary
 from elip_models.towers import ImageTextModel, Tower
-from elip_models.towers.module_references import is_gone, strongly, weakly
+from elip_models.towers.tower_parts import is_gone, strongly, weakly
 
 LARGE = 2**20  # patches: no keep ratio below 1 rounds to all of them
 

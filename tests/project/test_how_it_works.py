@@ -15,6 +15,7 @@ ROOT = Path(elip_models.__file__).parents[1]
 PAGE = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
 CALLS = re.findall(r"^ *(\S+\.py) +([\w.]+)", PAGE, re.MULTILINE)
 FILES = re.findall(r"^\| `(\S+\.py)` \|", PAGE, re.MULTILINE)
+LIMITS = re.findall(r"`(\w+)` runs at most (\d+)\s+files with ([\d,]+) lines", PAGE)
 
 
 def located(name):
@@ -36,6 +37,7 @@ def test_each_function_on_the_page_exists(file, name):
 
 
 def test_each_file_on_the_page_exists():
+    assert {name for name, *_ in LIMITS} == {"merge", "elip"}
     assert FILES and [name for name in FILES if not located(name).is_file()] == []
 
 
@@ -67,3 +69,14 @@ def test_the_table_has_the_files_that_a_forward_pass_runs(column, strategy):
         assert files_that_run(lambda: model(images)) == {
             name for name in listed if not name.startswith("elip_kernels/")
         }
+
+
+@pytest.mark.parametrize(("strategy", "files", "lines"), LIMITS, ids=lambda each: each)
+def test_a_forward_pass_is_no_longer_than_the_page_says(strategy, files, lines):
+    column = 2 if strategy == "merge" else 3
+    rows = [line.strip("|").split(" | ") for line in PAGE.splitlines() if ".py` |" in line]
+    names = [row[0].strip(" `") for row in rows if row[column].strip(" |") == "yes"]
+    paths = [located(name) for name in names if not name.startswith("elip_kernels/")]
+    assert len(paths) <= int(files)
+    total = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+    assert total <= int(lines.replace(",", ""))
