@@ -44,7 +44,7 @@ def scorer_agreement(
             name: other.score(tower.with_positions(positions), info.stage, entered, text_cls)
             for name, other in others.items()
         }
-        forward.infos[i] = info
+        forward.add(i, info)
         for name, row in scores.items():
             both = _dropped(tower, entered, row, keep) & reference
             shares[name].append((both.sum(1) / reference.sum(1)).mean().item())

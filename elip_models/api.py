@@ -14,9 +14,9 @@ from typing import Any, TypeVar, Unpack
 import torch
 from torch import Tensor, nn
 
+from elip_models.call_context import Record, records_of, within
 from elip_models.engine import install
-from elip_models.engine.call_context import RECORDS, Record, records_of
-from elip_models.engine.reduced_model import Reduction
+from elip_models.engine.reduction import Reduction
 from elip_models.strategies import STRATEGIES
 from elip_models.strategies.elip import Guided
 from elip_models.strategies.schedule import Schedule
@@ -31,7 +31,7 @@ from elip_models.strategies.summary import Summary
 from elip_models.towers import SelfReducingModel, check_module
 from elip_models.user_warnings import UnguidedWarning, warn_once
 from elip_models.validation import PositiveInt, as_config_error, check, shortened
-from elip_models.vlm.budget import BUDGETS, Budget, budget_of
+from elip_models.vlm.budget import Budget, budget_of
 from elip_models.vlm.call import PromptInfo
 from elip_models.vlm.families import Multimodal, find_multimodal
 from elip_models.vlm.install import (
@@ -44,7 +44,7 @@ from elip_models.vlm.install import (
     uninstall_strategies,
 )
 from elip_models.vlm.passed_model import models_in, passed_model
-from elip_models.vlm.question import MASKS, Mask
+from elip_models.vlm.question import Mask
 from elip_models.vlm.stored_strategies import read_strategies, store_strategies
 from elip_models.vlm.strategies.base import LanguageStrategy
 from elip_models.vlm.summary import MultimodalSummary
@@ -250,7 +250,7 @@ def guidance(
             "forward takes its texts; pass them with the images"
         )
     check("paired", paired, bool)
-    asked = nullcontext() if question is None else MASKS.within(_question_of(model, question))
+    asked = nullcontext() if question is None else within(_question_of(model, question))
     if text_cls is None and question is not None and not paired:
         with asked:
             yield
@@ -350,7 +350,7 @@ def budget(
     else:
         keeps = [replace(strategy, keep=value).keep for value in keeps]  # checks it
     own = tuple(keeps) if isinstance(keep, Sequence) else keeps[0]
-    with BUDGETS.within(Budget(prompt_hooks(multimodal), own, total)):
+    with within(Budget(prompt_hooks(multimodal), own, total)):
         yield
 
 
@@ -426,7 +426,7 @@ def record_stages(model: nn.Module) -> Iterator[list[StageInfo] | list[PromptInf
     """
     install.refuse_compiled(model, "record_stages")
     infos: list[Any] = []
-    with RECORDS.within(Record(_recorded(passed_model(model)), infos)):
+    with within(Record(_recorded(passed_model(model)), infos)):
         yield infos
 
 

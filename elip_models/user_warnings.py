@@ -3,8 +3,9 @@
 import warnings
 from contextlib import AbstractContextManager
 from functools import cache
+from typing import NamedTuple
 
-from elip_models.call_variable import CallVariable
+from elip_models.call_context import items, within
 
 
 class SlowScorerWarning(UserWarning):
@@ -15,7 +16,10 @@ class UnguidedWarning(UserWarning):
     """No text guides a reduction: the image alone selects, or nothing is reduced."""
 
 
-IGNORED: CallVariable[type[Warning]] = CallVariable("IGNORED")
+class IgnoredWarning(NamedTuple):
+    """A warning that is not given in this thread or task."""
+
+    category: type[Warning]
 
 
 def ignoring(category: type[Warning]) -> AbstractContextManager[None]:
@@ -24,12 +28,12 @@ def ignoring(category: type[Warning]) -> AbstractContextManager[None]:
     `SlowScorerWarning` is ignored where slow scorers run on purpose, and `UnguidedWarning` where no
     text guides on purpose. `warnings.catch_warnings` would change the filters of all threads.
     """
-    return IGNORED.within(category)
+    return within(IgnoredWarning(category))
 
 
 def warn_once(message: str, category: type[Warning], *, stacklevel: int = 3) -> None:
     """Warn, unless the same message was given before or the warning is ignored."""
-    if category not in IGNORED.get():
+    if all(ignored.category is not category for ignored in items(IgnoredWarning)):
         _warn(message, category, stacklevel + 1)
 
 

@@ -13,12 +13,12 @@ import torch
 import elip_kernels
 import elip_models
 from elip_kernels import _operator
-from elip_models.engine.call_context import GUIDES, RECORDS
+from elip_models.call_context import Guide, Record, items
 from elip_models.pretraining.training import accelerator
 from elip_models.saving.meta_build import quiet_logs
-from elip_models.user_warnings import IGNORED, SlowScorerWarning, ignoring
-from elip_models.vlm.budget import BUDGETS
-from elip_models.vlm.question import MASKS
+from elip_models.user_warnings import IgnoredWarning, SlowScorerWarning, ignoring
+from elip_models.vlm.budget import Budget
+from elip_models.vlm.question import Mask
 from tests.helpers.towers import SCHEDULE, plain_vit
 from tests.vlm.models import build
 
@@ -56,20 +56,20 @@ PROCESS_WIDE = {
 OF_A_THREAD = {
     "guidance": (
         lambda models: elip_models.guidance(models.tower, text_of(models.tower)),
-        lambda models: [guide.text_cls is None for guide in GUIDES.get()],
+        lambda models: [guide.text_cls is None for guide in items(Guide)],
     ),
     "guidance by a question": (
         lambda models: elip_models.guidance(models.llava, question=models.question),
-        lambda models: len(MASKS.get()),
+        lambda models: len(items(Mask)),
     ),
-    "budget": (lambda models: elip_models.budget(models.llava, 4), lambda models: BUDGETS.get()),
+    "budget": (lambda models: elip_models.budget(models.llava, 4), lambda models: items(Budget)),
     "record_stages": (
         lambda models: elip_models.record_stages(models.tower),
-        lambda models: len(RECORDS.get()),
+        lambda models: len(items(Record)),
     ),
     "ignoring": (
         lambda models: ignoring(SlowScorerWarning),
-        lambda models: (IGNORED.get(), warnings.filters.copy()),
+        lambda models: (items(IgnoredWarning), warnings.filters.copy()),
     ),
 }
 CASES = PROCESS_WIDE | OF_A_THREAD

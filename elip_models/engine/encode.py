@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elip_models.engine.call_context import records_of
+from elip_models.call_context import records_of
 from elip_models.engine.forward_state import ForwardState
 from elip_models.engine.install import is_reduced_tower, strategy_by_default
 from elip_models.strategies.elip import check_text
@@ -146,7 +146,7 @@ def run_tower(
     for i in range(tower.depth):
         tokens, info = run(i, tokens, cls_only=cls_only and i == last)
         if info is not None:
-            forward.infos[i] = info
+            forward.add(i, info)
     infos = list(forward.infos.values())
     if not torch.compiler.is_compiling():  # a graph cannot read a context variable
         for record in records_of(recorded):

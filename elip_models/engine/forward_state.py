@@ -5,29 +5,32 @@
 
 The state of one forward pass is its `ForwardState`. The caller that runs the blocks makes one, and
 enters the blocks in order: `encode_image`, the blocks of a reduced model, pictures and benchmarks.
+It alone writes what the pass has recorded, when the caller stores the result of a block. Entering a
+block does not: a compiler refuses a checkpoint that changes what is outside of it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from elip_kernels import ReductionInfo
-from elip_models.engine.padding import Padding, is_graph, padding_of
-from elip_models.strategies.flops import inference_ratio
+from elip_models.engine.padding import Padding, padding_for, real_tokens
+from elip_models.engine.reduction import Reduction
+from elip_models.engine.step_plan import (
+    StepPlan,
+    cached_plan,
+    inference_cost,
+    make_plan,
+    warn_of_cost,
+)
 from elip_models.strategies.schedule import Stage
 from elip_models.strategies.strategy import Context, StageInfo, Strategy
 from elip_models.strategies.token_assignment import Slots, slots_of
-from elip_models.towers import Tower, TowerSize
-from elip_models.user_warnings import SlowScorerWarning, warn_once
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-LARGE = 2**20  # patches: no keep ratio below 1 rounds to all of them
+from elip_models.towers import Tower
+from elip_models.user_warnings import UnguidedWarning, warn_once
 
 
 class BlockStep(NamedTuple):
@@ -55,12 +58,12 @@ class ForwardState:
     """One forward pass of a tower under a strategy.
 
     infos: the results of the steps, by block. A step whose result is here is replayed, so that a
-        recomputation selects the same tokens. The caller adds results; `enter_block` does not.
+        recomputation selects the same tokens.
     slots: `BlockStep.slots` after each step, by block.
     counts: the tokens that enter each block, and those that leave the last; empty without steps.
     padding: of a padded batch, or None.
     guided_by: the owner of the guidance, see `Guide`.
-    entering: in a checkpoint, the sum (B, D) of the tokens that entered the first block.
+    fingerprint: in a checkpoint, the sum (B, D) of the tokens that entered the first block.
     repeats: an earlier pass whose tokens this one has selected again.
     """
 
@@ -100,48 +103,63 @@ class ForwardState:
         self.slots: dict[int, Slots | None] = {}
         self.padding: Padding | None = None
         self.guided_by: object | None = None
-        self.entering: Tensor | None = None
+        self.fingerprint: Tensor | None = None
         self.repeats: ForwardState | None = None
         if replays is not None:
             self.stages = {i: info.stage for i, info in self.infos.items()}
         elif strategy.reduces(text_cls, tower.trunk.training):
-            if real is not None:
-                self._set_padding(real)
-            self.stages = stages_of(strategy, self.size)
-            if not tower.trunk.training and not torch.compiler.is_compiling():
-                _warn_if_slower(strategy, self.size)
+            padded = None if real is None else padding_for(strategy, tower, self.size, real)
+            if padded is not None:
+                self.padding, patches = padded
+                self.size = self.size._replace(num_patches=patches)
+                self.unmerges = True
+            self.stages = self._plan().stages
+            is_eager = not torch.compiler.is_compiling()
+            if is_eager and not tower.trunk.training:
+                cost = inference_cost(strategy, self.size)
+                if cost > 1.0:
+                    warn_of_cost(strategy, cost)
         else:
             self.stages = {}
-        self.counts = tokens_entering(strategy, self.size) if self.stages else ()
+        self.counts = self._plan().counts if self.stages else ()
 
-    def _set_padding(self, real: Tensor) -> None:
-        """Set the padding of the batch, and the sizes of its longest image."""
-        strategy, size, N = self.strategy, self.size, real.shape[1]
-        p, lengths = size.num_prefix_tokens, real.sum(1)
-        if strategy.merge == "none" and self.tower.pools:
+    def _plan(self) -> StepPlan:
+        """Return the plan of the strategy for the size of the pass."""
+        plan = make_plan if torch.compiler.is_compiling() else cached_plan
+        return plan(self.strategy, self.size)
+
+    @classmethod
+    def begin(
+        cls,
+        reduction: Reduction,
+        i: int,
+        tokens: Tensor,
+        mask: Tensor | None,
+        text_cls: Tensor | None,
+        *,
+        on_grid: bool,
+    ) -> Self:
+        """Create the state of a pass of a reduced model, whose tokens (B, N, D) enter block i."""
+        tower, strategy = reduction.tower, reduction.strategy
+        forward = cls(
+            tower,
+            strategy,
+            text_cls,
+            num_tokens=tokens.shape[1] if i == reduction.first else None,
+            on_grid=on_grid,
+            real=None if mask is None else real_tokens(mask, tokens),
+        )
+        if not forward.stages:
+            return forward
+        if on_grid and tower.pools and strategy.merge == "none":
             raise ValueError(
-                "strategy: expected one that merges, since the model pools patches by its own "
-                f"mask, got {strategy.name!r} with merge='none', which drops some of them"
+                "model: expected one that pools all of its patches, or none, to return the tokens "
+                f"of several blocks under {strategy.name!r}, got a {type(tower.model).__name__} "
+                "that pools the kept ones alone; unreduce_ it first"
             )
-        if is_graph():
-            counts = tuple(range(N - p + 1))
-        else:
-            counts = tuple(length - p for length in lengths.tolist())
-            if all(n == N - p for n in counts):
-                return
-            if min(counts) < 1:
-                raise ValueError(
-                    f"mask: expected a real patch in each image, got {min(counts)} in one"
-                )
-        if not strategy.takes_padding:
-            raise ValueError(
-                "strategy: expected one that takes the mask of a padded batch, such as 'merge' or "
-                f"'tome', got {strategy.name!r}; pass images of one size together, without padding"
-            )
-        keeps = keeps_of(strategy, self.tower, counts)
-        self.padding = padding_of(real, lengths, p + max(counts), keeps)
-        self.size = size._replace(num_patches=max(counts))
-        self.unmerges = True
+        if text_cls is None and reduction.image_text is not None and strategy.is_guided:
+            _warn_unguided()
+        return forward
 
     def previous(self, i: int) -> StageInfo | None:
         """Return the result of the last step before block i."""
@@ -290,9 +308,13 @@ class ForwardState:
         A pass that runs again finds the result, and replays it.
         """
         if step.info is not None:
-            self.infos[i], self.slots[i] = step.info, step.slots
+            self.add(i, step.info, step.slots)
         is_complete = step.slots is None or self.returns_grid(i)
         return step if is_complete else step._replace(slots=None)
+
+    def add(self, i: int, info: StageInfo, slots: Slots | None = None) -> None:
+        """Add the result of the step at block i, and where the tokens of block 0 are after it."""
+        self.infos[i], self.slots[i] = info, slots
 
     def run_block(
         self, i: int, tokens: Tensor, *, cls_only: bool = False
@@ -321,62 +343,13 @@ class ForwardState:
         return tower.block(i, step.tokens), step.info
 
 
-def _cached(function: Callable[P, R]) -> Callable[P, R]:
-    """Cache `function` in eager mode; torch.compile traces it instead."""
-    cached = cache(function)
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return (function if torch.compiler.is_compiling() else cached)(*args, **kwargs)
-
-    return run
-
-
-@_cached
-def stages_of(strategy: Strategy, size: TowerSize) -> dict[int, Stage]:
-    """Return `strategy.stages` by first block."""
-    return {stage.first: stage for stage in strategy.stages(size)}
-
-
-@_cached
-def blocks_of(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
-    """Return the blocks where the strategy may act on an image of any size."""
-    if strategy.changes_embedding:
-        return tuple(stages_of(strategy, size))
-    return tuple(stages_of(strategy, size._replace(num_patches=LARGE)))
-
-
-@_cached
-def tokens_entering(strategy: Strategy, size: TowerSize) -> tuple[int, ...]:
-    """Return the number of tokens that enter each block, and of those that leave the last."""
-    entering = strategy.resized(size).num_tokens
-    return entering, *(layer.mlp for layer in strategy.token_counts(size))
-
-
-def keeps_of(
-    strategy: Strategy, tower: Tower, counts: tuple[int, ...]
-) -> tuple[tuple[int, ...], ...]:
-    """Return the patches after each block of images of these numbers of patches, each alone."""
-    size, table = tower.size, []
-    for n in counts:
-        alone = size._replace(num_patches=n)
-        stages, entering = stages_of(strategy, alone), tokens_entering(strategy, alone)
-        patches = (entering[i] - size.num_prefix_tokens for i in range(size.depth))
-        table.append(tuple(stages[i].keep if i in stages else n for i, n in enumerate(patches)))
-    return tuple(table)
-
-
-keeps_of._dynamo_marked_constant = True  # a graph has the result for every number of patches
-_inference_ratio = cache(inference_ratio)
-
-
-def _warn_if_slower(strategy: Strategy, size: TowerSize) -> None:
-    """Warn once if choosing the tokens costs more than dropping them saves."""
-    cost = _inference_ratio(strategy, size)
-    if cost > 1.0:
-        scorer = getattr(strategy, "scorer", strategy.name)
+def _warn_unguided() -> None:
+    """Warn once that no text guides the images of a whole model."""
+    if not torch.compiler.is_compiling():
         warn_once(
-            f"scorer={scorer!r} makes inference cost {cost:.2f} times the dense tower "
-            "(FLOPs of the blocks); scorer='last' costs less than dense",
-            SlowScorerWarning,
+            "the images came alone, or with texts that nothing pairs with them, so they are "
+            "reduced by the image alone (without_text='vision'); guidance(model, paired=True) "
+            "lets each text of the call guide its image, guidance(model, text_cls) takes any "
+            "text, without_text='dense' leaves the images as they were",
+            UnguidedWarning,
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from elip_models.engine.reduced_model import Reduction
+from elip_models.engine.reduction import Reduction
 from elip_models.strategies.serialization import check_stored, settings_of, strategy_of
 from elip_models.strategies.strategy import Strategy
 from elip_models.towers import ImageTextModel, Tower

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from elip_models.engine.forward_passes import TrackCall
 from elip_models.engine.hf_config import remove_from_config, store_in_config, strategy_in_config
 from elip_models.engine.model_methods import (
     REFUSALS,
@@ -25,7 +24,8 @@ from elip_models.engine.model_methods import (
     show_reduction,
     shown_reduction,
 )
-from elip_models.engine.reduced_model import ReducedBlock, Reduction
+from elip_models.engine.reduced_block import Passes, ReducedBlock, TrackCall
+from elip_models.engine.reduction import Reduction
 from elip_models.strategies import default_strategy
 from elip_models.strategies.elip import ELIP
 from elip_models.strategies.spec import resolve_strategy
@@ -144,16 +144,17 @@ def _install(model: nn.Module, reduction: Reduction) -> None:
         setattr(owner, name, PatchEmbedding(reduction, passes_on=False))
         for owner, name in first:
             setattr(owner, name, PatchEmbedding(reduction, passes_on=True))
+    passes = Passes(reduction)
     for i, block in enumerate(tower.blocks):
         if i >= reduction.first:
-            block.forward = ReducedBlock(reduction, i, vars(block).get("forward"))
-    _install_methods(reduction)
+            block.forward = ReducedBlock(passes, i, vars(block).get("forward"))
+    _install_methods(passes)
     if tower.collector is not None:
-        _hook(tower.collector, CollectHiddenStates(reduction))
+        _hook(tower.collector, CollectHiddenStates(passes))
     if image_text is not None and strategy.is_guided:
-        _hook(image_text.model, EncodeTextFirst(reduction))
+        _hook(image_text.model, EncodeTextFirst(passes))
     for module in dict.fromkeys((tower.model, reduction.model)):
-        _hook(module, TrackCall(reduction))
+        _hook(module, TrackCall(passes))
 
 
 def refuse_in_use(is_in_use: bool) -> None:
@@ -165,16 +166,17 @@ def refuse_in_use(is_in_use: bool) -> None:
         )
 
 
-def _install_methods(reduction: Reduction) -> None:
+def _install_methods(passes: Passes) -> None:
     """Replace the methods that read more of the model than its forward pass does."""
-    model, tower = reduction.tower.model, reduction.tower
+    tower, strategy = passes.reduction.tower, passes.reduction.strategy
+    model = tower.model
     refused, dense = [*tower.unsupported_methods, *REFUSALS], tower.dense_methods
-    if reduction.strategy.changes_embedding:
+    if strategy.changes_embedding:
         refused, dense = [*refused, *dense], ()
     for name in refused:
         setattr(model, name, Refusal(name, vars(model).get(name)))
     for name in dense:
-        setattr(model, name, DenseMethod(reduction, name, vars(model).get(name)))
+        setattr(model, name, DenseMethod(passes, name, vars(model).get(name)))
 
 
 def _hook(module: nn.Module, hook: Hook) -> None:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elip_models.engine import call_context
-from elip_models.engine.call_context import Guide
-from elip_models.engine.reduced_model import Args, Kwargs, Reduction, refuse_fx
+from elip_models.call_context import Guide, drop_guide, guide_of, is_paired, set_guide
+from elip_models.engine.graph_pass import set_guidance
+from elip_models.engine.reduced_block import Args, Kwargs, Passes, refuse_fx
+from elip_models.engine.reduction import Reduction
 from elip_models.towers.base import original_method, scoring_context
-from elip_models.towers.module_references import ModuleReference, strongly, weakly
+from elip_models.towers.tower_parts import ModuleReference, strongly, weakly
 
 MODEL_MASKS = ("attention_mask", "pixel_attention_mask", "patch_attention_mask")
 HANDLES = "elip_handles"
@@ -56,8 +57,9 @@ class EncodeTextFirst:
     encoding. It is encoded again in a recomputation that may hold calls with several texts.
     """
 
-    def __init__(self, reduction: Reduction) -> None:
-        self.reduction = reduction
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+        self.reduction = passes.reduction
 
     def __call__(self, model: nn.Module, args: Args, kwargs: Kwargs, *output: Any) -> None:
         """Set the guidance before the forward, and remove it after (with `output`)."""
@@ -68,22 +70,22 @@ class EncodeTextFirst:
             if not output and not is_guided:
                 text = self._text_cls(args, kwargs, is_asked=graph.is_paired)
                 is_plain = text is None or torch.compiler.is_exporting()
-                graph.own_text = text if is_plain else call_context.set_guidance(text)
+                graph.own_text = text if is_plain else set_guidance(text)
         elif output:
-            call_context.drop_guide(self)
-        elif self._guides(guide := call_context.guide_of(reduction)):
+            drop_guide(self)
+        elif self._guides(guide := guide_of(reduction)):
             forward = None if guide is None else guide.recomputation.forward
             was_guided = forward is not None and forward.text_cls is not None
-            is_asked = was_guided or call_context.is_paired(reduction)
+            is_asked = was_guided or is_paired(reduction)
             text = self._text_cls(args, kwargs, is_asked=is_asked)
-            call_context.set_guide(reduction, text, self)
+            set_guide(reduction, text, self)
 
     def _guides(self, guide: Guide | None) -> bool:
         """Return whether the text guides a call that has this guide already."""
         if guide is None or guide.recomputation is None:
             return guide is None
         is_own = guide.recomputation.forward.guided_by is self
-        return is_own and len(self.reduction.eager.pending) > 1
+        return is_own and len(self.passes.eager.pending) > 1
 
     def _text_cls(self, args: Args, kwargs: Kwargs, *, is_asked: bool) -> Tensor | None:
         image_text = self.reduction.image_text
@@ -103,19 +105,20 @@ class DenseMethod:
     replaced: the method that another library or the user had put on the model, or None.
     """
 
-    def __init__(self, reduction: Reduction, name: str, replaced: Any) -> None:
-        self.reduction = reduction
+    def __init__(self, passes: Passes, name: str, replaced: Any) -> None:
+        self.passes = passes
+        self.reduction = passes.reduction
         self.name = name
         self.replaced = replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method as a dense call."""
-        self.reduction.passes.begin_dense_call()
+        self.passes.present.begin_dense_call()
         try:
             method = original_method(self.reduction.tower.model, self.name, self.replaced)
             return method(*args, **kwargs)
         finally:
-            self.reduction.passes.end_dense_call()
+            self.passes.present.end_dense_call()
 
 
 class CollectHiddenStates:
@@ -126,8 +129,9 @@ class CollectHiddenStates:
     Attentions are refused if the strategy attends in place of the modules that return them.
     """
 
-    def __init__(self, reduction: Reduction) -> None:
-        self.reduction = reduction
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+        self.reduction = passes.reduction
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, *output: Any) -> None:
         """Begin a dense call before the forward, and end it after (with `output`)."""
@@ -138,9 +142,9 @@ class CollectHiddenStates:
             self.reduction.graph.has_own_mask = is_own
         if tower.collects("hidden_states", kwargs):
             if output:
-                self.reduction.passes.end_dense_call()
+                self.passes.present.end_dense_call()
             else:
-                self.reduction.passes.begin_dense_call()
+                self.passes.present.begin_dense_call()
             if strategy.changes_embedding and not output:
                 raise ValueError(
                     f"output_hidden_states: expected False under {strategy.name!r}, whose grid is "

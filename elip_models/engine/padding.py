@@ -8,13 +8,20 @@ token of the batch gets its own token back, and padding gets zeros: the model's 
 mask. A graph cannot read the mask, so there N is N0.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from elip_kernels.ops.gather_ops import take_rows
+from elip_models.engine.step_plan import keeps_of
+from elip_models.strategies.strategy import Strategy
 from elip_models.strategies.token_assignment import Slots
+from elip_models.towers import Tower, TowerSize
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+BLOCK_MASKS = ("attn_mask", "attention_mask")
 
 
 class Padding(NamedTuple):
@@ -40,6 +47,43 @@ class Padding(NamedTuple):
     def positions(self, p: int) -> Tensor:
         """Return the positions (B, N-p) of the patches, behind p prefix tokens."""
         return self.order[:, p:] - p
+
+
+def padding_for(
+    strategy: Strategy, tower: Tower, size: TowerSize, real: Tensor
+) -> tuple[Padding, int] | None:
+    """Return the padding of a batch, and the patches of its longest image; None without padding.
+
+    Args:
+        strategy: the strategy that reduces the batch.
+        tower: the tower that reads it.
+        size: that of the forward pass.
+        real: (B, N) bool, False for padding.
+
+    Raises:
+        ValueError: a strategy that takes no padding, or an image without a real patch.
+    """
+    p, lengths, N = size.num_prefix_tokens, real.sum(1), real.shape[1]
+    if strategy.merge == "none" and tower.pools:
+        raise ValueError(
+            "strategy: expected one that merges, since the model pools patches by its own "
+            f"mask, got {strategy.name!r} with merge='none', which drops some of them"
+        )
+    if is_graph():
+        counts = tuple(range(N - p + 1))
+    else:
+        counts = tuple(length - p for length in lengths.tolist())
+        if all(n == N - p for n in counts):
+            return None
+        if min(counts) < 1:
+            raise ValueError(f"mask: expected a real patch in each image, got {min(counts)} in one")
+    if not strategy.takes_padding:
+        raise ValueError(
+            "strategy: expected one that takes the mask of a padded batch, such as 'merge' or "
+            f"'tome', got {strategy.name!r}; pass images of one size together, without padding"
+        )
+    keeps = keeps_of(strategy, tower, counts)
+    return padding_of(real, lengths, p + max(counts), keeps), max(counts)
 
 
 def padding_of(
@@ -106,3 +150,17 @@ def mask_like(mask: Tensor, real: Tensor) -> Tensor:
         return keys
     lowest = torch.finfo(mask.dtype).min
     return torch.zeros_like(keys, dtype=mask.dtype).masked_fill(~keys, lowest)
+
+
+def with_masks(args: Args, kwargs: Kwargs, real: Tensor | None) -> tuple[Args, Kwargs]:
+    """Return a block's arguments with masks of the tokens `real` (B, N), or without any.
+
+    torch.export cannot read the values of a mask, so transformers models pass one that hides no
+    token, where they pass None in a call.
+    """
+
+    def changed(mask: Tensor | None) -> Tensor | None:
+        return None if mask is None or real is None else mask_like(mask, real)
+
+    named = {name: changed(kwargs[name]) for name in BLOCK_MASKS if name in kwargs}
+    return (args[0], *(changed(mask) for mask in args[1:])), kwargs | named

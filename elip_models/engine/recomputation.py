@@ -10,7 +10,9 @@ backward reads one of them. Both are seen through autograd's public interface:
     leave a model   The gradient of its output does the same, for a checkpoint of the whole model.
 
 A checkpoint may hold several passes. `pass_entered_by` finds each by the tokens and the text that
-enter its first block again; the label that is read decides between equal ones.
+enter its first block again; the label that is read decides between equal ones. The identity of a
+tensor would not do: two passes may read the same images under two texts, and a tensor that is made
+in the checkpoint (a cast, a nested checkpoint, an offloaded one) is another one when it runs again.
 
 If backward reaches a checkpoint through operations that follow the model in it, the blocks run as
 in a new call. In any case, the label that they save names their pass: `_check` compares it with the
@@ -20,6 +22,7 @@ pass whose label is read.
 import math
 import weakref
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,14 +31,10 @@ from torch.autograd import Function
 from torch.func import debug_unwrap
 from torch.utils.checkpoint import CheckpointError
 
-from elip_models.engine.call_context import recomputing
+from elip_models.call_context import Guide, Recomputation, within
 from elip_models.engine.forward_state import ForwardState
+from elip_models.engine.reduction import Reduction
 
-REFUSED = (
-    "checkpoint: expected use_reentrant=False on a reduced model, got a re-entrant one, whose "
-    "recomputation cannot find its forward pass; pass use_reentrant=False. The forward of any "
-    "autograd.Function that calls the model looks the same; call the model outside of it"
-)
 CHANGED = (
     "guidance: expected the text, the strategy and the random numbers of the forward pass where "
     "activation checkpointing runs it again, got others; call reduce_ before the forward. If the "
@@ -60,6 +59,11 @@ class Label:
         del name
         self.is_dropped = kept() is None
 
+    @classmethod
+    def of(cls, forward: ForwardState | None, tokens: Tensor) -> "Label | None":
+        """Return a label, unless torch.func transforms the code that computes with `tokens`."""
+        return cls(forward) if debug_unwrap(tokens) is tokens else None
+
 
 with torch.inference_mode(False):
     _ANCHOR = torch.zeros((), device="cpu", requires_grad=True)  # so that autograd saves a label
@@ -78,7 +82,49 @@ class _Save(Function):
         return None, None
 
 
-def recompute(reduction: Any, forward: ForwardState, node: Any) -> None:
+class LeaveBlock(Function):
+    """The identity on the tokens (B, N, D) that leave a block in a checkpoint."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, label: Tensor, reduction: Reduction, forward: ForwardState
+    ) -> Tensor:
+        """Return the tokens; keep the pass, and the node that saved the label."""
+        ctx.saved_by = reduction, forward, label.grad_fn
+        return tokens.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient, after the block has run again."""
+        recompute(*ctx.saved_by)
+        return gradient, None, None, None
+
+
+def is_in_checkpoint() -> bool:
+    """Return whether a checkpoint runs this code, for the first time or again.
+
+    The second run keeps labels, but a detached copy of one with a gradient.
+    """
+    return Label(None, has_gradient=True).is_dropped
+
+
+def recompute_at(output: Any, reduction: Reduction, forward: ForwardState | None) -> None:
+    """Recompute a model's call when backward reaches a tensor of its output.
+
+    Every such tensor in a checkpoint saves a label: a recomputation must save as many tensors as
+    its forward.
+    """
+    if isinstance(output, dict | tuple | list):
+        for value in output.values() if isinstance(output, dict) else output:
+            recompute_at(value, reduction, forward)
+    elif isinstance(output, Tensor) and output.requires_grad:
+        label = Label.of(forward, output)
+        if label is not None and label.is_dropped and forward is not None:
+            node = label.output.grad_fn
+            output.register_hook(lambda gradient: recompute(reduction, forward, node))
+
+
+def recompute(reduction: Reduction, forward: ForwardState, node: Any) -> None:
     """Read the label that `node` saved: a checkpoint around it runs its function again.
 
     Raises:
@@ -94,6 +140,12 @@ def recompute(reduction: Any, forward: ForwardState, node: Any) -> None:
     _check(forward, getattr(name, "forward_state", None))
 
 
+def recomputing(reduction: object, forward: ForwardState) -> AbstractContextManager[None]:
+    """Guide the calls inside, in this thread, as the pass that they recompute was guided."""
+    recomputation = Recomputation(forward)
+    return within(Guide(reduction, forward.text_cls, recomputation, recomputation))
+
+
 def pass_entered_by(
     tokens: Tensor, text_cls: Tensor | None, passes: Iterable[ForwardState]
 ) -> ForwardState:
@@ -101,17 +153,17 @@ def pass_entered_by(
 
     It is the nearest if the recomputation differs by rounding; the first of equally near ones.
     """
-    entering = sum_of(tokens)
+    entering = fingerprint_of(tokens)
 
     def distance(forward: ForwardState) -> float:
         text = _distance(forward.text_cls, text_cls)
-        return _distance(forward.entering, entering) + text
+        return _distance(forward.fingerprint, entering) + text
 
     first, *others = passes
     return first if distance(first) == 0 else min((first, *others), key=distance)
 
 
-def sum_of(tokens: Tensor) -> Tensor:
+def fingerprint_of(tokens: Tensor) -> Tensor:
     """Return the sum (B, D) of tokens (B, N, D), by which a recomputation finds their pass."""
     return tokens.detach().sum(1, dtype=torch.float32)
 
@@ -122,64 +174,6 @@ def _distance(one: Tensor | None, other: Tensor | None) -> float:
     if one is None or other is None or one.shape != other.shape:
         return math.inf
     return (one - other).abs().sum().item()
-
-
-class LeaveBlock(Function):
-    """The identity on the tokens (B, N, D) that leave a block in a checkpoint."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, label: Tensor, reduction: object, forward: ForwardState
-    ) -> Tensor:
-        """Return the tokens; keep the pass, and the node that saved the label."""
-        ctx.saved_by = reduction, forward, label.grad_fn
-        return tokens.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient, after the block has run again."""
-        recompute(*ctx.saved_by)
-        return gradient, None, None, None
-
-
-def recompute_at(output: Any, reduction: object, forward: ForwardState | None) -> None:
-    """Recompute a model's call when backward reaches a tensor of its output.
-
-    Every such tensor saves a label, in a checkpoint or not: a recomputation must save as many
-    tensors as its forward.
-    """
-    if isinstance(output, dict | tuple | list):
-        for value in output.values() if isinstance(output, dict) else output:
-            recompute_at(value, reduction, forward)
-    elif isinstance(output, Tensor) and output.requires_grad and can_recompute(output):
-        label = Label(forward)
-        if label.is_dropped and forward is not None:
-            node = label.output.grad_fn
-            output.register_hook(lambda gradient: recompute(reduction, forward, node))
-
-
-def is_in_checkpoint() -> bool:
-    """Return whether a checkpoint runs this code, for the first time or again.
-
-    The second run keeps labels, but a detached copy of one with a gradient.
-    """
-    return Label(None, has_gradient=True).is_dropped
-
-
-def in_autograd_function() -> bool:
-    """Return whether an autograd.Function's forward runs, such as a re-entrant checkpoint's.
-
-    It switches both kinds of derivatives off. PyTorch has no public name for the second.
-    """
-    is_off = not torch.is_grad_enabled() and not torch._C._is_fwd_grad_enabled()
-    return is_off and not torch.is_inference_mode_enabled()
-
-
-def can_recompute(tokens: Tensor) -> bool:
-    """Return whether a checkpoint may run the code again that computes with `tokens`."""
-    if not torch.is_grad_enabled() or torch.jit.is_tracing():
-        return False
-    return debug_unwrap(tokens) is tokens  # otherwise torch.func transforms the code
 
 
 def _check(forward: ForwardState, again: ForwardState | None) -> None:

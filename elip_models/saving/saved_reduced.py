@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from elip_models.api import reduce_, restore_
 from elip_models.engine.hf_config import LANGUAGE_MODEL, store_in_config
 from elip_models.engine.install import reduction_of
-from elip_models.engine.reduced_model import Reduction
+from elip_models.engine.reduction import Reduction
 from elip_models.saving.dense_models import (
     ADAPTER,
     CONFIG,

@@ -16,7 +16,7 @@ from elip_models.strategies.nearest import merge_nearest, nearest_flops
 from elip_models.strategies.schedule import Stage
 from elip_models.strategies.strategy import Context, StageInfo, Strategy, counts_of, least_share
 from elip_models.towers import Tower, TowerSize
-from elip_models.towers.base import attention_row
+from elip_models.towers.attention_rows import attention_row
 from elip_models.towers.merge import Merge, check_merge
 from elip_models.validation import Count, PositiveShare, check_fields, shortened
 

@@ -6,7 +6,7 @@ layer of every group below 100%. Ratios refer to the patches at the input: K = i
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
 from elip_models.validation import check_fields, shortened
@@ -30,16 +30,16 @@ class Stage:
         first: the 0-based block before which the tokens are reduced.
         layers: the number of blocks in the stage.
         keep: the number of patches that stay.
+        last: the last block of the stage.
     """
 
     first: int
     layers: int
     keep: int
+    last: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def last(self) -> int:
-        """Return the last block of the stage."""
-        return self.first + self.layers - 1
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "last", self.first + self.layers - 1)
 
 
 @dataclass(frozen=True)

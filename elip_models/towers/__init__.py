@@ -17,7 +17,7 @@ from elip_models.towers.reducible_model import (
     ReducibleModel,
     SelfReducingModel,
 )
-from elip_models.towers.tower_parts import Projections, Query, TowerSize
+from elip_models.towers.tower_data import Projections, Query, TowerSize
 from elip_models.towers.unsupported import check_module, other_reason
 from elip_models.towers.wrapped_modules import refuses_sharding
 from elip_models.validation import require_extra

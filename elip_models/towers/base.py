@@ -2,12 +2,8 @@
 
     block:  x = x + project(attention(norm(x)));  x = mlp(x)        tokens x (B, N, D), CLS first
 
-In a tower without CLS, all tokens are patches, and a query t from outside scores them:
-
-    a = mean_h softmax_n(q_h(norm(t)) . k_h(norm(x_n)))             t (B, D), a (B, N)
-
-The adapter of a library defines the parts of a block (`tower_parts.py`). CLS rows, stage boundaries
-and the path of CLS alone through a block are computed here, once for all libraries.
+The adapter of a library defines the parts of a block (`tower_parts.py`). Sublayers and stage
+boundaries are computed here, once for all libraries, and other rows in `attention_rows.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,24 +20,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import elip_kernels
 from elip_kernels import ReductionInfo
 from elip_kernels.differentiation import has_tangents
-from elip_kernels.ops.gather_ops import accumulator
-from elip_models.towers.merge import Merge, merge_flag
-from elip_models.towers.positions import Positions
-from elip_models.towers.tower_parts import QKV, Block, Projections, Query, TowerSize, normed
+from elip_models.towers.attention_rows import AttentionRows
+from elip_models.towers.merge import Merge
+from elip_models.towers.tower_data import QKV, Projections, Query, TowerSize
+from elip_models.towers.tower_parts import Block, normed, unwrapped
 from elip_models.towers.wrapped_modules import (
     Affine,
     in_place_of,
     is_layer_norm,
+    is_plain,
     qkv_of,
     unsharded,
-    unwrapped,
 )
+from elip_models.validation import shortened
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Tower(Positions):
+class Tower(AttentionRows):
     """An image model as the reduction reads it; see `TowerParts` for what an adapter defines."""
 
     @property
@@ -93,6 +90,10 @@ class Tower(Positions):
         """Run both sublayers of block i, inside its forward."""
         return self.mlp(i, self.attend(i, tokens))
 
+    def is_plain(self, i: int) -> bool:
+        """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
+        return is_plain(self.blocks[i]) and self.refuses_block(self.blocks[i]) is None
+
     def call(self, i: int, block: Block, tokens: Tensor) -> Tensor:
         """Call block i, or its forward alone, with the arguments that its model passes."""
         return block(tokens)
@@ -142,33 +143,6 @@ class Tower(Positions):
                 q, k, v, attn_mask=bias, dropout_p=self.attention_dropout(i), scale=self.scale
             )
         return tokens + self.project(i, attended.transpose(1, 2).flatten(2))
-
-    def attention_map(self, i: int, tokens: Tensor, *, qkv: QKV | None = None) -> Tensor:
-        """Return block i's attention weights (B, H, N, N), as the official code computes them."""
-        q, k, _ = self.qkv(i, tokens) if qkv is None else qkv
-        scores, bias = torch.matmul(q * self.scale, k.mT), self.position_bias(i)
-        return (scores if bias is None else scores + bias).softmax(-1)
-
-    def cls_attention(
-        self, i: int, tokens: Tensor, cls: Tensor, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Return block i's CLS attention row (B, N), averaged over heads.
-
-        Args:
-            i: the block.
-            tokens: (B, N, D).
-            cls: (B, D), used in place of token 0; without CLS the query alone.
-            mask: (B, N) bool, False for padding.
-        """
-        with self.unsharded(i, tokens, cls) as (tokens, cls):
-            arguments = self.absorbed(i) if mask is None else None
-            if arguments is not None:
-                return elip_kernels.cls_attention_from_tokens(tokens, cls, **arguments)
-            q, k = self.query_and_keys(i, tokens, cls)
-            bias = self.position_bias(i) if self.has_cls else None
-            if bias is not None:
-                return attention_row(q, k, self.scale, bias[:, :, 0], mask)
-            return elip_kernels.cls_attention(q, k.to(q.dtype), scale=self.scale, mask=mask)
 
     def projections(self, i: int) -> Projections:
         """Return the modules around block i's projections."""
@@ -227,20 +201,6 @@ class Tower(Positions):
         }
         return arguments | {"v_weight": v.weight, "v_bias": v.bias} if values else arguments
 
-    def query_and_keys(self, i: int, tokens: Tensor, cls: Tensor) -> tuple[Tensor, Tensor]:
-        """Return block i's query (B, H, d) of `cls`, and the keys (B, H, N, d) that it scores."""
-        parts, weights = self.projections(i), self.weights(i)
-        x = with_cls(tokens, cls) if self.has_cls else tokens
-        if weights is None:
-            q, k, _ = self.qkv(i, x)
-            q = q if self.has_cls else self.at_no_position().qkv(i, cls[:, None])[0]
-            return q[:, :, 0], k
-        x = parts.norm(x)
-        q = x[:, :1] if self.has_cls else parts.norm(cls[:, None])
-        projected = (project(y) for project, y in zip(weights, (q, x), strict=False))
-        q, k = (y.unflatten(2, (parts.num_heads, -1)).transpose(1, 2) for y in projected)
-        return normed(parts.q_norm, q)[:, :, 0], self.rotated(i, normed(parts.k_norm, k))
-
     def mean_keys(self, i: int, tokens: Tensor) -> Tensor:
         """Return block i's keys of `tokens` (B, N, D), averaged over heads: (B, N, d).
 
@@ -291,7 +251,7 @@ class Tower(Positions):
                 arguments |= query._replace(cls=cls)._asdict()
                 arguments |= {"scored": None if read is tokens else read, "row": row}
                 return elip_kernels.score_reduce(
-                    tokens, keep=keep, merge=merge_flag(merge), return_info=True, **arguments
+                    tokens, keep=keep, merge=_merge_flag(merge), return_info=True, **arguments
                 )
         if row is None:
             with scoring_context(self.trunk, tokens):
@@ -306,46 +266,17 @@ class Tower(Positions):
             tokens,
             row,
             keep,
-            merge=merge_flag(merge),
+            merge=_merge_flag(merge),
             num_prefix_tokens=self.num_prefix_tokens,
             return_info=True,
         )
 
-    def cls_block(self, i: int, tokens: Tensor, cls: Tensor) -> Tensor:
-        """Run `cls` (B, D) alone through block i, attending to `tokens`; returns (B, D)."""
-        with self.unsharded(i, tokens, cls) as (tokens, cls):
-            arguments = self.absorbed(i, values=True)
-            if arguments is None:
-                q, k, v = self.qkv(i, with_cls(tokens, cls))
-                out = self.attend(i, cls[:, None], qkv=(q[:, :, :1], k, v))
-            else:
-                attended = elip_kernels.cls_attention_output(tokens, cls, **arguments)
-                out = cls[:, None] + self.project(i, attended[:, None])
-            return self.mlp(i, out)[:, 0]
 
-
-def attention_row(
-    q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
-    """Return one attention row (B, N), averaged over heads, with its gradient.
-
-    Args:
-        q: (B, H, d), the query.
-        k: (B, H, N, d), the keys.
-        scale: factor of the scores.
-        bias: (B, H, N), added to the scores.
-        mask: (B, N) bool, False for padding.
-    """
-    scores = ((q[:, :, None] * scale) @ k.mT)[:, :, 0]
-    scores = scores if bias is None else scores + bias
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None], float("-inf"))
-    return scores.softmax(-1, dtype=accumulator(q)).mean(1)
-
-
-def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
-    """Return `tokens` (B, N, D) with `cls` (B, D) in place of token 0."""
-    return torch.cat([cls[:, None], tokens[:, 1:]], dim=1)
+def _merge_flag(merge: Merge) -> bool:
+    """Return what `elip_kernels` takes as `merge` for 'one' and 'none'."""
+    if merge not in ("one", "none"):
+        raise ValueError(f"merge: expected 'one' or 'none', got {shortened(merge)}")
+    return merge == "one"
 
 
 def original_method(owner: Any, name: str, replaced: Any) -> Callable[..., Any]:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from elip_models.towers.positions import angles_at, coordinates_of
 from elip_models.towers.timm import BLOCK, PlainTimm
-from elip_models.towers.tower_parts import QKV, Block, per_sublayer
+from elip_models.towers.tower_data import QKV, per_sublayer
+from elip_models.towers.tower_parts import Block
 from elip_models.towers.wrapped_modules import library_class
 
 

@@ -25,11 +25,11 @@ from elip_models.towers.hf_heads import averages, needs_grid, reads_layers
 from elip_models.towers.hf_layers import LAYERS
 from elip_models.towers.hf_positions import HFPositions, pair
 from elip_models.towers.hf_processor import image_stats_of
-from elip_models.towers.module_references import ModuleReference
 from elip_models.towers.nested_modules import modules_around, modules_outside
-from elip_models.towers.tower_parts import Block, part, plain_mlp_ratio, run
+from elip_models.towers.tower_data import plain_mlp_ratio
+from elip_models.towers.tower_parts import Block, ModuleReference, part, run, unwrapped
 from elip_models.towers.unsupported import transformers_reason
-from elip_models.towers.wrapped_modules import library_class, unwrapped
+from elip_models.towers.wrapped_modules import library_class
 
 RETURNS_TOKENS = re.compile(r"\w+Model(WithProjection)?")
 WHOLE_OUTPUT = "output_hidden_states=True, in the call or the config, returns all"

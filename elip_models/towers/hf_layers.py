@@ -1,6 +1,6 @@
 """The layers of transformers' vision models, one row of names for each class."""
 
-from elip_models.towers.tower_parts import BlockNames, per_sublayer
+from elip_models.towers.tower_data import BlockNames, per_sublayer
 
 CLIP = BlockNames("self_attn", "layer_norm1", "layer_norm2", "post_layernorm", ("out_proj",))
 BLIP = CLIP._replace(out=("projection",), qkv=("qkv",))

@@ -15,10 +15,3 @@ def check_merge(merge: Any) -> None:
         error = ValueError if isinstance(merge, str) else TypeError
         advice = f"; pass {'one' if merge else 'none'!r}" if isinstance(merge, bool) else ""
         raise error(f"merge: expected 'one', 'none' or 'nearest', got {shortened(merge)}{advice}")
-
-
-def merge_flag(merge: Merge) -> bool:
-    """Return what `elip_kernels` takes as `merge` for 'one' and 'none'."""
-    if merge not in ("one", "none"):
-        raise ValueError(f"merge: expected 'one' or 'none', got {shortened(merge)}")
-    return merge == "one"

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from elip_models.images import CLIP_STATS, Stats
 from elip_models.towers.base import Tower
+from elip_models.towers.lora_attention import in_projection, out_projection
+from elip_models.towers.positions import interpolated
 from elip_models.towers.reducible_model import ImageTextModel, default_stats, random_ids
-from elip_models.towers.tower_parts import BlockNames, interpolated, run
+from elip_models.towers.tower_data import BlockNames
+from elip_models.towers.tower_parts import run, unwrapped
 from elip_models.towers.wrapped_modules import (
     Affine,
     affine,
-    in_projection,
     is_lora_attention,
-    out_projection,
     refuses_norm,
     unsharded,
-    unwrapped,
 )
 
 BLOCK = BlockNames(

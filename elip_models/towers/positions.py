@@ -23,7 +23,7 @@ from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.towers.tower_parts import NO_POSITION, TowerParts
 
 
-class Positions(TowerParts):
+class PositionedTower(TowerParts):
     """The part of a tower that gives the positions of its tokens to blocks that read them.
 
     gathered: the rotations at `positions`, once they are known: by block if blocks differ, else 0.
@@ -114,6 +114,20 @@ class Positions(TowerParts):
         places = self.places(positions)
         bias = F.pad(bias[0], (0, 1, 0, 1))  # the last row and column, of a token without position
         return bias[:, places[:, :, None], places[:, None]].transpose(0, 1)
+
+
+def interpolated(positions: Tensor, grid: tuple[int, int], to: tuple[int, int], p: int) -> Tensor:
+    """Resize position embeddings (p + rows * columns, D) from one grid of patches to another.
+
+    The embeddings of the p prefix tokens stay.
+    """
+    if grid == to:
+        return positions
+    at_least_fp32 = torch.promote_types(positions.dtype, torch.float32)
+    table = positions[p:].to(at_least_fp32).unflatten(0, grid).permute(2, 0, 1)[None]
+    table = F.interpolate(table, size=to, mode="bicubic", antialias=True, align_corners=False)
+    table = table[0].flatten(1).T.to(positions.dtype)
+    return torch.cat([positions[:p], table])
 
 
 def coordinates_of(sin: Tensor, cos: Tensor, frequencies: Tensor, *, half: bool) -> Tensor:

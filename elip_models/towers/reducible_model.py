@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from elip_models.images import IMAGENET_STATS, Stats
 from elip_models.towers.base import Tower
-from elip_models.towers.module_references import ModuleReference
+from elip_models.towers.tower_parts import ModuleReference
 
 TEXT_TOKENS = 77  # the longest random text
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")

@@ -15,7 +15,8 @@ from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
 from elip_models.towers.timm import BLOCK, PlainTimm
-from elip_models.towers.tower_parts import Block, per_sublayer, run
+from elip_models.towers.tower_data import per_sublayer
+from elip_models.towers.tower_parts import Block, run
 from elip_models.towers.wrapped_modules import library_class, refuses_norm
 
 MODELS = (beit.Beit, relpos.VisionTransformerRelPos)

@@ -1,150 +1,72 @@
-"""The parts of an image model that an adapter defines, and the sizes that FLOPs follow from.
+"""The parts of an image model that an adapter defines, and how a tower refers to its modules.
 
     x = x + residual1(out(attention(norm1(x))));  x = x + residual2(mlp(norm2(x)))
 
 All blocks compute this function; the names of its parts differ. A `BlockNames` has these names;
 a part is a module, or a parameter that scales each channel. `run` calls parts in order.
+
+A reduced model has the objects that reduce it. If these held the model, only the garbage collector
+could free its memory. So they refer to its modules by weak references (`ModuleReference`). A copy
+or a pickle of such an object has strong ones, so that the modules are copied, until it is made.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+from weakref import ref
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_kernels import fuse_text
-from elip_models.towers.module_references import ModuleReference
-from elip_models.towers.wrapped_modules import is_plain
+from elip_models.towers.tower_data import QKV, BlockNames
 
 NO_POSITION = -1
 """Of a token that is made of all dropped ones."""
-QKV = tuple[Tensor, Tensor, Tensor]
 Block = Callable[..., Tensor]
+T = TypeVar("T")
+PREFIX = "_to_"
 
 
-class BlockNames(NamedTuple):
-    """The names of a block's parts. Those with dots are of inner modules.
+class ModuleReference:
+    """A class attribute that makes an attribute of its objects refer to a module.
 
-    attn: the module that has the projections. norm1, norm2: the norms before attention and MLP.
-    norm: in the model, the norm after the last block.
-    out: in `attn`, from its attended values to its output. mlp: in the block, of its MLP sublayer.
-    after: in the block, between the output of each sublayer and its residual; see `per_sublayer`.
-    qkv: in `attn`, the projections, one joint or three. head_norms: in `attn`, the norms of each
-        head's queries and keys.
-    dropout: in `attn`, the rate of its weights or a module that has it; the first one counts.
-    bias: in the block, the module that computes the bias of its attention from the grid of patches.
-    returns_tuple: the block returns a tuple, whose first item is the tokens.
+    Reading it raises ReferenceError if the module is referred to weakly, and does not exist.
     """
 
-    attn: str
-    norm1: str
-    norm2: str
-    norm: str
-    out: tuple[str, ...]
-    mlp: tuple[str, ...] = ("mlp",)
-    after: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    head_norms: tuple[str, str] = ("q_norm", "k_norm")
-    dropout: tuple[str, ...] = (
-        "attention_dropout",
-        "dropout",
-        "attention.dropout_prob",
-        "attention.dropout",
-    )
-    bias: str = "relative_position_bias"
-    returns_tuple: bool = False
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = PREFIX + name
+
+    def __get__(self, holder: Any, owner: type | None = None) -> Any:
+        value = getattr(holder, self.name)
+        return value if isinstance(value, nn.Module | Sequence) else existing(value)
+
+    def __set__(self, holder: Any, value: Any) -> None:
+        setattr(holder, self.name, value)
 
 
-class TowerSize(NamedTuple):
-    """The numbers that FLOPs and token counts depend on.
+class WeakModules(Sequence):
+    """The items of a list of modules, or the modules that it had if the model has another list.
 
-    image: (H, W) in pixels. hidden: width of the MLP.
-    absorbs_keys: an attention row needs no key projection of the tokens.
-    averages_keys: the head mean of the keys needs one projection to the width of one head.
+    Both are referred to weakly. Code may replace an item by a wrapper, or the list by another one.
     """
 
-    image: tuple[int, int]
-    num_patches: int
-    num_prefix_tokens: int
-    width: int
-    hidden: int
-    heads: int
-    depth: int
-    absorbs_keys: bool = True
-    averages_keys: bool = True
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.container = ref(modules) if isinstance(modules, nn.Module) else None
+        self.references = [None if module is None else ref(module) for module in modules]
 
     @property
-    def num_tokens(self) -> int:
-        """Return the number of tokens that enter block 0."""
-        return self.num_patches + self.num_prefix_tokens
+    def present(self) -> Any:
+        """Return the list, or the modules' references if there is another one."""
+        modules = None if self.container is None else self.container()
+        return self.references if modules is None else modules
 
-    @property
-    def patch(self) -> int:
-        """Return the side of a square patch in pixels."""
-        return math.isqrt(self.image[0] * self.image[1] // self.num_patches)
+    def __getitem__(self, i: int) -> Any:
+        item = self.present[i]
+        return item if isinstance(item, nn.Module) else existing(item)
 
-    def embed_flops(self) -> int:
-        """Return the FLOPs of the patch embedding of one image with three channels."""
-        height, width = self.image
-        return 2 * 3 * height * width * self.width
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
 
-    def block_flops(self, attention: int, mlp: int, queries: int | None = None) -> int:
-        """Return the FLOPs of one block, with these numbers of tokens in attention and MLP.
-
-        `queries` of those in the attention attend to the others; None means all.
-        """
-        D, n = self.width, attention
-        q = n if queries is None else queries
-        return 2 * D * (3 * n * D + q * D + 2 * q * n) + 4 * mlp * D * self.hidden
-
-    def row_flops(self, tokens: int) -> int:
-        """Return the FLOPs of one CLS attention row."""
-        return 2 * tokens * self.width * (self.heads if self.absorbs_keys else self.width + 1)
-
-    def received_flops(self, tokens: int) -> int:
-        """Return the FLOPs of the attention that each token receives in one block."""
-        return 2 * tokens * self.width * (3 * self.width + 2 * tokens)
-
-    def keys_flops(self, tokens: int) -> int:
-        """Return the FLOPs of the head mean of one block's keys."""
-        heads = 1 if self.averages_keys else self.heads
-        return 2 * tokens * self.width * heads * (self.width // self.heads)
-
-
-class Projections(NamedTuple):
-    """The modules and numbers around a block's query, key and value projections.
-
-    q_norm, k_norm: norms of each head's queries and keys; None without them.
-    """
-
-    norm: nn.Module
-    num_heads: int
-    scale: float
-    q_norm: nn.Module | None = None
-    k_norm: nn.Module | None = None
-
-
-class Query(NamedTuple):
-    """The token that scores the others: CLS, fused with a text by Eq. 1 if there is one.
-
-    cls: (B, D) the CLS token; the text if the tower has no CLS token.
-    text, fusion, guidance_norm: arguments of `elip_kernels.score_reduce`.
-    """
-
-    cls: Tensor
-    text: Tensor | None = None
-    fusion: float = 1.0
-    guidance_norm: Literal["none", "match"] = "none"
-
-    def fused(self) -> Tensor:
-        """Return the fused token (B, D), in the dtype of `cls`, without gradient."""
-        return self.into(self.cls.unsqueeze(1)).squeeze(1)
-
-    def into(self, tokens: Tensor) -> Tensor:
-        """Return `tokens` (B, N, D) with the fused token in place of token 0, without gradient."""
-        return fuse_text(tokens, self.text, self.fusion, self.guidance_norm)
+    def __len__(self) -> int:
+        return len(self.present)
 
 
 class TowerParts:
@@ -326,18 +248,9 @@ class TowerParts:
         names = self.names
         return tokens + run(self.blocks[i], (names.norm2, *names.mlp, *names.after[1]), tokens)
 
-    def is_plain(self, i: int) -> bool:
-        """Return whether block i runs only its own parts, in eval mode, so `cls_block` is exact."""
-        return is_plain(self.blocks[i]) and self.refuses_block(self.blocks[i]) is None
-
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the final norm, before pooling."""
         raise NotImplementedError
-
-
-def per_sublayer(*names: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names for each sublayer of a block; {} is its number, 1 or 2."""
-    return tuple(name.format(1) for name in names), tuple(name.format(2) for name in names)
 
 
 def part(module: nn.Module, name: str) -> nn.Module | Tensor | float | None:
@@ -364,22 +277,67 @@ def normed(norm: nn.Module | None, heads: Tensor) -> Tensor:
     return heads if norm is None else norm(heads)
 
 
-def plain_mlp_ratio(width: int, *mlp: nn.Module) -> float:
-    """Return the ratio of an MLP in parts; of a gated MLP, that of a plain one of its weights."""
-    modules = (m for part in mlp for m in (part, *part.children()))
-    linears = (m for m in modules if hasattr(m, "in_features"))
-    return sum(m.in_features * m.out_features for m in linears) / (2 * width**2)
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether forward hooks, or a replaced forward, see or change the module's calls."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
-def interpolated(positions: Tensor, grid: tuple[int, int], to: tuple[int, int], p: int) -> Tensor:
-    """Resize position embeddings (p + rows * columns, D) from one grid of patches to another.
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module that peft's `modules_to_save` wrapper calls; any other module as it is."""
+    if not is_peft(module, "peft.utils.other", "ModulesToSaveWrapper") or is_hooked(module):
+        return module
+    adapters, trained = module.active_adapters, module.modules_to_save
+    if module.disable_adapters or not adapters or any(a not in trained for a in adapters):
+        return module.original_module
+    return trained[adapters[0]]
 
-    The embeddings of the p prefix tokens stay.
-    """
-    if grid == to:
-        return positions
-    at_least_fp32 = torch.promote_types(positions.dtype, torch.float32)
-    table = positions[p:].to(at_least_fp32).unflatten(0, grid).permute(2, 0, 1)[None]
-    table = F.interpolate(table, size=to, mode="bicubic", antialias=True, align_corners=False)
-    table = table[0].flatten(1).T.to(positions.dtype)
-    return torch.cat([positions[:p], table])
+
+def is_peft(module: nn.Module, file: str, name: str) -> bool:
+    """Return whether the module is of this class of peft, which is optional."""
+    return type(module).__name__ == name and type(module).__module__ == file
+
+
+def existing(reference: "ref[nn.Module] | None") -> nn.Module:
+    """Return the module of a weak reference; raise ReferenceError if it does not exist any more."""
+    module = None if reference is None else reference()
+    if module is None:
+        raise ReferenceError(
+            "model: expected the reduced model that this part belongs to, got one that was "
+            "deleted; keep a reference to it, or unreduce_ it before its part is taken or copied"
+        )
+    return module
+
+
+def is_gone(holder: Any, name: str) -> bool:
+    """Return whether an attribute refers to a module that does not exist any more."""
+    return _strong(vars(holder)[PREFIX + name]) is None
+
+
+def weakly(holder: T) -> T:
+    """Return a copy whose references to modules are weak."""
+    return _changed(holder, _weak)
+
+
+def strongly(holder: T) -> T:
+    """Return a copy whose references to modules are strong."""
+    return _changed(holder, _strong)
+
+
+def _changed(holder: T, change: Callable[[Any], Any]) -> T:
+    changed = object.__new__(type(holder))
+    for name, value in vars(holder).items():
+        vars(changed)[name] = change(value) if name.startswith(PREFIX) else value
+    return changed
+
+
+def _weak(value: Any) -> Any:
+    if isinstance(value, nn.ModuleList | nn.Sequential | tuple | list):
+        return WeakModules(value)
+    return ref(value) if isinstance(value, nn.Module) else value
+
+
+def _strong(value: Any) -> Any:
+    if isinstance(value, WeakModules):
+        present = value.present
+        return present if isinstance(present, nn.Module) else tuple(map(_strong, present))
+    return value() if isinstance(value, ref) else value

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_kernels.autocast import no_autocast
+from elip_models.towers.tower_parts import is_hooked, is_peft, unwrapped
 
 R = TypeVar("R")
 
@@ -52,21 +53,6 @@ class Affine(NamedTuple):
         """Split a joint projection into those of queries, keys and values."""
         biases = (None,) * 3 if self.bias is None else self.bias.chunk(3)
         return [Affine(*third) for third in zip(self.weight.chunk(3), biases, strict=True)]
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Return whether forward hooks, or a replaced forward, see or change the module's calls."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module that peft's `modules_to_save` wrapper calls; any other module as it is."""
-    if not _is_peft(module, "peft.utils.other", "ModulesToSaveWrapper") or is_hooked(module):
-        return module
-    adapters, trained = module.active_adapters, module.modules_to_save
-    if module.disable_adapters or not adapters or any(a not in trained for a in adapters):
-        return module.original_module
-    return trained[adapters[0]]
 
 
 def is_layer_norm(module: nn.Module) -> bool:
@@ -106,7 +92,7 @@ def affine(layer: nn.Module) -> Affine | None:
             f"model: expected blocks that are sharded whole, got a {type(layer).__name__} that is "
             "sharded by itself, which a block before it cannot read; fully_shard its block"
         )
-    if _is_peft(layer, "peft.tuners.lora.layer", "Linear"):
+    if is_peft(layer, "peft.tuners.lora.layer", "Linear"):
         return None if is_hooked(layer) else _lora(layer)
     return _linear(layer)
 
@@ -135,43 +121,7 @@ def qkv_of(*layers: nn.Module) -> list[Affine] | None:
 
 def is_lora_attention(module: nn.Module) -> bool:
     """Return whether the module is peft's LoRA around a whole nn.MultiheadAttention."""
-    return _is_peft(module, "peft.tuners.lora.layer", "MultiheadAttention")
-
-
-def in_projection(attn: nn.Module) -> Affine:
-    """Return the joint q, k and v projection of an attention that has it as parameters.
-
-    LoRA's update is included, with its gradient.
-    """
-    if not is_lora_attention(attn):
-        return Affine(attn.in_proj_weight, attn.in_proj_bias)
-    base = attn.get_base_layer()
-    if attn.disable_adapters and attn.merged:
-        attn.unmerge()  # as its own forward does
-    weight = base.in_proj_weight
-    if not attn.disable_adapters and not attn.merged:
-        for adapter in _active(attn):
-            weight = weight + attn.get_delta_weight(adapter).to(weight.dtype)
-    return Affine(weight, base.in_proj_bias)
-
-
-def out_projection(attn: nn.Module, attended: Tensor) -> Tensor:
-    """Apply the output projection of an attention to `attended` (B, N, D).
-
-    LoRA's weight is merged by peft itself, as in the attention's own forward: the number of times
-    that peft adds its update there depends on its version.
-    """
-    if not is_lora_attention(attn):
-        return attn.out_proj(attended)
-    merges = not attn.disable_adapters and not attn.merged
-    if merges:
-        attn.merge(adapter_names=_active(attn))
-    try:
-        linear = attn.get_base_layer().out_proj.get_base_layer()
-        return F.linear(attended, linear.weight, linear.bias)
-    finally:
-        if merges:
-            attn.unmerge()
+    return is_peft(module, "peft.tuners.lora.layer", "MultiheadAttention")
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -258,11 +208,7 @@ def _is_fsdp(module: nn.Module, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith("torch.distributed.") for c in mro)
 
 
-def _is_peft(module: nn.Module, file: str, name: str) -> bool:
-    return type(module).__name__ == name and type(module).__module__ == file
-
-
-def _active(layer: nn.Module) -> list[str]:
+def active_adapters(layer: nn.Module) -> list[str]:
     """Return the active adapters that the layer has."""
     return [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
 
@@ -279,7 +225,7 @@ def _lora(layer: nn.Module) -> Affine | None:
     base = _linear(layer.base_layer)
     if base is None or (layer.disable_adapters and layer.merged):  # its next call unmerges it
         return None
-    adapters = [] if layer.disable_adapters or layer.merged else _active(layer)
+    adapters = [] if layer.disable_adapters or layer.merged else active_adapters(layer)
     if not adapters:
         return base
     if not all(_is_plain_lora(layer, adapter) for adapter in adapters):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from elip_models.call_variable import CallVariable
+from elip_models.call_context import items
 from elip_models.vlm.clips import TokenGroup
 
 Keep = float | int
@@ -51,14 +51,13 @@ class Image(NamedTuple):
     index: int
 
 
-BUDGETS: CallVariable[Budget] = CallVariable("BUDGETS")
 Count = Callable[[int, Keep | None], int]
 """Returns how many of so many tokens stay by a `keep`, or by that of the strategy for None."""
 
 
 def budget_of(hooks: object) -> Budget | None:
     """Return the most recent budget in this thread or task of the model with these hooks."""
-    return next((b for b in reversed(BUDGETS.get()) if b.hooks is hooks), None)
+    return next((b for b in reversed(items(Budget)) if b.hooks is hooks), None)
 
 
 def parts(

@@ -6,7 +6,6 @@ level. The layers of a level share one `Packing` of level 0.
 """
 
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from elip_models.call_context import add, latest, remove, take
 from elip_models.vlm.budget import Budget
 from elip_models.vlm.cache_state import CacheState, RemovedTokens
 from elip_models.vlm.packing import Packing
@@ -186,22 +186,19 @@ class PromptCall:
         return tuple(map(self.packing.scatter_flags, self.kept_behind))
 
 
-CALLS: ContextVar[tuple[PromptCall, ...]] = ContextVar("CALLS", default=())
-
-
 def begin_call(hooks: object) -> PromptCall:
     """Begin a forward pass of the model with these hooks; forget one that was interrupted."""
     call = PromptCall(hooks)
-    CALLS.set((*(other for other in CALLS.get() if other.hooks is not hooks), call))
+    remove(lambda item: type(item) is PromptCall and item.hooks is hooks)
+    add(call)
     return call
 
 
 def end_call() -> None:
     """End the forward pass that began last."""
-    CALLS.set(CALLS.get()[:-1])
+    take(PromptCall)
 
 
 def current_call() -> PromptCall | None:
     """Return the forward pass of the multimodal model that runs in this thread, or None."""
-    calls = CALLS.get()
-    return calls[-1] if calls else None
+    return latest(PromptCall)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elip_models.engine.call_context import records_of
+from elip_models.call_context import records_of
 from elip_models.vlm.budget import budget_of
 from elip_models.vlm.cache_state import cache_in
 from elip_models.vlm.call import begin_call, current_call

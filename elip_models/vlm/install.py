@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from elip_models.engine.call_context import records_of
+from elip_models.call_context import records_of
 from elip_models.engine.hf_config import stored_in
 from elip_models.engine.install import refuse_in_use
 from elip_models.engine.model_methods import (

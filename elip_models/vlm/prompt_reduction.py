@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from elip_models.engine.call_context import records_of
+from elip_models.call_context import records_of
 from elip_models.engine.model_methods import keep_handles
 from elip_models.vlm.budget import budget_of, parts
 from elip_models.vlm.cache_length import removed_from, show_full_length, show_held_length
@@ -30,11 +30,11 @@ from elip_models.vlm.families import Multimodal
 from elip_models.vlm.packing import Packing, gather_columns, hide
 from elip_models.vlm.question import (
     IGNORED,
-    LABELS,
     Question,
     forget_prediction,
     is_known,
     note_prediction,
+    prediction,
 )
 from elip_models.vlm.retrieval import RetrievalHead, retrieval_call
 from elip_models.vlm.selections import Selections
@@ -492,7 +492,7 @@ def _placeholders(model: nn.Module, embeds: Tensor, ids: tuple[int, ...]) -> Ten
 
 def _check_labels(kept: Tensor) -> None:
     """Raise ValueError if a removed token would have to predict the label of the next one."""
-    labels = LABELS.get()
+    labels = prediction().labels
     if labels is None or labels.shape != kept.shape:
         return
     if bool(((labels[:, 1:] != IGNORED).to(kept.device) & ~kept[:, :-1]).any()):

@@ -5,19 +5,14 @@ labels, it is the mask of `guidance(model, question=mask)`. Without a mask, it i
 the tokens that the call predicts, which `logits_to_keep` counts.
 """
 
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from elip_models.call_variable import CallVariable
+from elip_models.call_context import items, latest, put, take
 
-LABELS: ContextVar[Tensor | None] = ContextVar("LABELS", default=None)
-"""The labels (B, N) of the loss that the forward pass will compute."""
-PREDICTED: ContextVar[int | None] = ContextVar("PREDICTED", default=None)
-"""How many of the last tokens the forward pass predicts, or None if the call does not tell."""
 IGNORED = -100  # the label of a token that is not predicted
 
 
@@ -28,7 +23,15 @@ class Mask(NamedTuple):
     tokens: Tensor
 
 
-MASKS: CallVariable[Mask] = CallVariable("MASKS")
+class Prediction(NamedTuple):
+    """What a forward pass predicts beside the next token.
+
+    labels: (B, N), of the loss that it will compute, or None.
+    count: how many of the last tokens it predicts, or None if the call does not tell.
+    """
+
+    labels: Tensor | None = None
+    count: int | None = None
 
 
 def note_prediction(kwargs: dict[str, Any]) -> None:
@@ -36,25 +39,29 @@ def note_prediction(kwargs: dict[str, Any]) -> None:
 
     Assisted decoding asks for the logits of its candidates, and a trainer for those of an answer.
     """
-    LABELS.set(kwargs.get("labels"))
     logits = kwargs.get("logits_to_keep")
-    PREDICTED.set(logits - 1 if isinstance(logits, int) and logits > 0 else None)
+    count = logits - 1 if isinstance(logits, int) and logits > 0 else None
+    put(Prediction(kwargs.get("labels"), count))
 
 
 def forget_prediction() -> None:
     """Forget it."""
-    LABELS.set(None)
-    PREDICTED.set(None)
+    take(Prediction)
+
+
+def prediction() -> Prediction:
+    """Return what is noted."""
+    return latest(Prediction) or Prediction()
 
 
 def is_known(hooks: object) -> bool:
     """Return whether the call tells which tokens belong to no question."""
-    return PREDICTED.get() is not None or is_marked(hooks)
+    return prediction().count is not None or is_marked(hooks)
 
 
 def is_marked(hooks: object) -> bool:
     """Return whether a mask marks the question for the model with these hooks."""
-    return any(mask.hooks is hooks for mask in MASKS.get())
+    return any(mask.hooks is hooks for mask in items(Mask))
 
 
 @dataclass(frozen=True)
@@ -77,17 +84,17 @@ class Question:
             images: (B, N) bool, the image tokens.
             mask: (B, K) the attention mask of all cached and new tokens, or None.
         """
-        length, labels = images.shape[1], LABELS.get()
+        length, (labels, count) = images.shape[1], prediction()
         places = torch.arange(length, device=images.device).expand_as(images)
         real = torch.ones_like(images) if mask is None else mask[:, -length:].bool()
         ends = torch.full_like(places, length)
         if labels is not None and labels.shape == images.shape:
             is_answer = (labels.to(images.device) != IGNORED) & ~images
             ends = places.where(is_answer, length).flip(1).cummin(1).values.flip(1)
-        elif marked := [mask.tokens for mask in MASKS.get() if mask.hooks is hooks][-1:]:
+        elif marked := [mask.tokens for mask in items(Mask) if mask.hooks is hooks][-1:]:
             real = real & _fitted(marked[0], images)
-        elif predicted := PREDICTED.get():
-            real = real & (places < length - predicted)
+        elif count:
+            real = real & (places < length - count)
         latest = places.where(real, 0).cummax(1).values
         return cls(real & ~images, latest.gather(1, (ends - 1).clamp(min=0)))
 

@@ -5,19 +5,22 @@ positions, segments and windows, which the tower takes as arguments. Behind the 
 unit of patches has a feature of zeros, by which `PromptReduction` finds and removes its token.
 """
 
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from elip_models.call_context import put, take
 from elip_models.engine.model_methods import keep_handles
 from elip_models.vlm.families import Multimodal
 from elip_models.vlm.strategies.dedup import Dedup
 
-STAYS: ContextVar[Tensor | None] = ContextVar("STAYS", default=None)
-"""(U,) bool, the units that stay in the call of an image tower, or None if all do."""
+
+class RemainingUnits(NamedTuple):
+    """(U,) bool, the units that stay in the call of an image tower, if some are removed."""
+
+    stays: Tensor
 
 
 class PatchReduction:
@@ -37,7 +40,7 @@ class PatchReduction:
         self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Remove patches from what the tower reads."""
-        STAYS.set(None)  # an interrupt may have left one
+        take(RemainingUnits)  # an interrupt may have left one
         if kwargs.get("return_dict") is False:
             raise ValueError(
                 "return_dict: expected True for an image tower whose patches 'dedup' removes, got "
@@ -50,16 +53,16 @@ class PatchReduction:
         stays = self.strategy.select(units, grid // grid.new_tensor([1, side, side]))
         if stays.all():
             return None
-        STAYS.set(stays)
+        put(RemainingUnits(stays))
         arguments["hidden_states"] = patches[stays.repeat_interleave(side**2)]
         return (), arguments | _remaining_arguments(tower, grid, stays, arguments)
 
     def restore(self, tower: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Return features of zeros for the removed units; hidden states have none."""
-        stays = STAYS.get()
-        STAYS.set(None)
-        if stays is None or output is None:  # the tower raised an error
+        remaining = take(RemainingUnits)
+        if remaining is None or output is None:  # the tower raised an error
             return None
+        (stays,) = remaining
         output["pooler_output"] = _scatter(output["pooler_output"], stays)
         if output.get("deepstack_features") is not None:
             output["deepstack_features"] = [

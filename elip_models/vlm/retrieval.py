@@ -5,12 +5,13 @@ The head makes an embedding of every token: those of removed ones become zeros, 
 before it scores a page, since their similarity with a query is 0.
 """
 
-from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from elip_models.call_context import add, latest, take
 
 RETRIEVAL = ("colpali", "colqwen2")
 
@@ -22,7 +23,6 @@ class RetrievalCall:
     head: nn.Module
     ids: Tensor | None
     is_tuple: bool  # what the caller gets
-    before: "Token[RetrievalCall | None] | None" = None
     kept: Tensor | None = None
 
     def mark_removed(self, hidden: Tensor, kept: Tensor) -> Tensor:
@@ -32,9 +32,6 @@ class RetrievalCall:
         """
         self.kept = kept
         return hidden.where(kept.unsqueeze(-1), 1)
-
-
-CURRENT: ContextVar[RetrievalCall | None] = ContextVar("CURRENT", default=None)
 
 
 class RetrievalHead:
@@ -56,16 +53,13 @@ class RetrievalHead:
         wanted = kwargs.get("return_dict")
         is_tuple = not (head.config.return_dict if wanted is None else wanted)
         call = RetrievalCall(head, args[0] if args else kwargs.get("input_ids"), is_tuple)
-        call.before = CURRENT.set(call)
+        add(call)
         return args, kwargs | {"return_dict": True}
 
     def end(self, head: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Set the embeddings of removed tokens to zero."""
-        call = CURRENT.get()
-        if call is None or call.before is None:
-            return None
-        CURRENT.reset(call.before)
-        if output is None:  # the head raised an error
+        call = take(RetrievalCall)
+        if call is None or output is None:  # the head raised an error
             return None
         if call.kept is not None:
             output["embeddings"] = output["embeddings"].where(call.kept.unsqueeze(-1), 0)
@@ -74,5 +68,5 @@ class RetrievalHead:
 
 def retrieval_call(module: nn.Module) -> RetrievalCall | None:
     """Return the forward pass of the head that has this module, if it runs in this thread."""
-    call = CURRENT.get()
+    call = latest(RetrievalCall)
     return call if call is not None and module in call.head.modules() else None

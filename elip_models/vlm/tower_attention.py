@@ -4,13 +4,13 @@
 attention belongs to the output of the tower, which the forward pass gets.
 """
 
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from elip_kernels import attention_column_mean, cls_attention
+from elip_models.call_context import put, take
 from elip_models.engine.model_methods import keep_handles
 from elip_models.vlm.attention_probe import Watcher, watch
 from elip_models.vlm.call import current_call
@@ -18,10 +18,13 @@ from elip_models.vlm.families import Multimodal
 
 CLASS_TOKENS = ("class_embedding", "cls_token")
 NAME = "elip_attention"
-Received = tuple[Tensor, Tensor]
-"""The attention (R, n) that the patches of R images receive, and their keys (R, n, d)."""
-RECEIVED: ContextVar[Received | None] = ContextVar("RECEIVED", default=None)
-"""Those of the tower that runs in this thread or task."""
+
+
+class Received(NamedTuple):
+    """The attention (R, n) that the patches of R images receive, and their keys (R, n, d)."""
+
+    attention: Tensor
+    keys: Tensor
 
 
 class TowerAttention(Watcher):
@@ -46,12 +49,11 @@ class TowerAttention(Watcher):
         else:
             received = attention_column_mean(query, key, scale=scale)
         first = int(self.has_class_token)
-        RECEIVED.set((received[:, first:], key.mean(1)[:, first:]))
+        put(Received(received[:, first:], key.mean(1)[:, first:]))
 
     def end(self, tower: nn.Module, args: Any, output: Any) -> None:
         """Store it in the output of the tower, and in the forward pass that runs the tower."""
-        received, call = RECEIVED.get(), current_call()
-        RECEIVED.set(None)
+        received, call = take(Received), current_call()
         if not isinstance(output, tuple):
             setattr(output, NAME, received)
         if call is not None:

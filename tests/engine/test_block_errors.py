@@ -52,7 +52,7 @@ def test_the_next_call_is_right(forwards, strategy, grad, by_blocks):  # noqa: F
         ):
             run()
         assert stages and alive(forwards) == 0
-        assert model.blocks[3].forward.reduction.eager.running.forward is None
+        assert model.blocks[3].forward.passes.eager.running.forward is None
         with elip_models.record_stages(model) as stages:
             assert torch.equal(run(), expected)
         blocks = [info.stage.first for info in stages]

@@ -21,10 +21,10 @@ from elip_kernels.autocast import no_autocast
 from elip_models import validation
 from elip_models.analysis.visualize_inputs import reduction_option_errors
 from elip_models.api import budget, guidance, record_stages, reduce_
+from elip_models.call_context import Guide, items, within
 from elip_models.commands.image_folder import as_option_error, listing
 from elip_models.commands.search import _working, search
 from elip_models.embedding.demo import _shown_errors
-from elip_models.engine.call_context import GUIDES, Guide
 from elip_models.engine.install import reduction_of
 from elip_models.images import open_image_file
 from elip_models.pretraining.data.tar_members import _tar_errors
@@ -57,7 +57,7 @@ CONTEXTS = {
     "guided": lambda its: reduction_of(its.vit).guided(its.text),
     "paired": lambda its: reduction_of(its.vit).paired(),
     "listing": lambda its: listing(str(its.folder)),
-    "within": lambda its: GUIDES.within(Guide(its, its.text, its)),
+    "within": lambda its: within(Guide(its, its.text, its)),
     "on": lambda its: ProcessSwitch().on(),
     "reporting": lambda its: RankBarrier().reporting(),
     "quiet_logs": lambda its: quiet_logs(),
@@ -202,7 +202,7 @@ def switches(threads):
         "environment": dict(os.environ),
         "modes": [module.training for own in owned for module in own.modules()],
         "gradients": [p.requires_grad for own in owned for p in own.parameters()],
-        "guides": GUIDES.get(),
+        "guides": items(Guide),
         "gradient mode": torch.is_grad_enabled(),
     }
 

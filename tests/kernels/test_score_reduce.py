@@ -14,7 +14,7 @@ from elip_kernels.testing import RecordedCalls
 from elip_models.strategies.elip import ELIP
 from elip_models.strategies.strategy import Context
 from elip_models.towers import Tower, as_tower
-from elip_models.towers.tower_parts import Query
+from elip_models.towers.tower_data import Query
 from tests.helpers.models import open_clip_vit
 from tests.helpers.towers import SCHEDULE, WIDTH, clip_vit, images, plain_vit, text
 

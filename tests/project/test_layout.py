@@ -12,7 +12,7 @@ FLOORS = (
     ("elip_kernels",),
     ("elip_models.validation",),
     (
-        "elip_models.call_variable",
+        "elip_models.call_context",
         "elip_models.images",
         "elip_models.intervals",
         "elip_models.rank_barrier",

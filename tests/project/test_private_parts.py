@@ -18,9 +18,9 @@ PRIVATE = re.compile(
     rf"|(?:from|import) (?:{LIBRARIES})\b[\w.]*\._\w+|from (?:{LIBRARIES})\b[\w.]* import _\w+"
 )
 LISTED = {
-    "torch._C": ["engine/call_context.py", "engine/recomputation.py"],
-    "._compiled_call_impl": ["engine/install.py", "engine/reduced_model.py"],
-    "._forward_hooks, ._forward_pre_hooks": ["towers/wrapped_modules.py"],
+    "torch._C": ["engine/_private.py"],
+    "._compiled_call_impl": ["engine/install.py", "engine/reduced_block.py"],
+    "._forward_hooks, ._forward_pre_hooks": ["towers/tower_parts.py"],
     "from torch.utils._python_dispatch": ["profiling/component_profile.py"],
     "from torch.distributed import _functional_collectives": [
         "pretraining/models/layers/distributed.py"

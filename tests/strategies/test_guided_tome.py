@@ -7,7 +7,7 @@ import elip_kernels
 import elip_models
 from elip_models import GuidedToMe, ToMe
 from elip_models.towers import as_tower
-from elip_models.towers.base import with_cls
+from elip_models.towers.attention_rows import with_cls
 from tests.helpers.towers import clip_vit, images, plain_vit, text
 
 

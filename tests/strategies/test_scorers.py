@@ -6,7 +6,7 @@ import torch
 from elip_models.strategies.schedule import Stage
 from elip_models.strategies.scorers import get_scorer, row_of
 from elip_models.towers import Query, as_tower
-from elip_models.towers.base import with_cls
+from elip_models.towers.attention_rows import with_cls
 from tests.helpers.towers import clip_vit, images, plain_vit, text
 
 STAGE = Stage(first=1, layers=5, keep=10)
