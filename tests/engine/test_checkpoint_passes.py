@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import elip_models
 from elip_models import StageInfo
+from elip_models.engine import recomputation
 from examples.own_strategy import Longest
 from tests.engine.test_checkpointing import in_blocks
 from tests.helpers.models import hf_clip, ids
@@ -140,3 +141,37 @@ def test_another_strategy_before_backward_is_an_error(change, blocks_too):
     change(model)
     with pytest.raises(RuntimeError, match="call reduce_ before the forward"):
         out.sum().backward()
+
+
+def in_another_tensor(module, args):
+    """Cast the input of a block and back, as FSDP2 does under mixed precision."""
+    return (args[0].double().float(),)
+
+
+def offloaded(model, x):
+    with torch.autograd.graph.save_on_cpu():
+        return WAYS["each block"](model, x)
+
+
+@pytest.mark.parametrize("run", [WAYS["each block"], offloaded], ids=["cast", "offloaded"])
+def test_blocks_that_run_again_on_other_tensors_find_their_pass(run):
+    model, x = drawing_vit(), images(3)
+    for block in model.blocks:
+        block.register_forward_pre_hook(in_another_tensor)
+
+    def loss(run):
+        a, b = run(model, x), run(model, x)
+        return a.square().sum() + 3 * b.square().sum()
+
+    expected = gradients_of(model, lambda: loss(WAYS["no checkpoint"]))
+    assert_equal_gradients(gradients_of(model, lambda: loss(run)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["no checkpoint", "each block"])
+def test_a_block_saves_a_label_in_a_checkpoint_alone(way, monkeypatch):
+    model, labels = drawing_vit(), []
+    of = recomputation.Label.of
+    monkeypatch.setattr(recomputation.Label, "of", lambda *args: labels.append(args) or of(*args))
+    WAYS[way](model, images(3)).sum().backward()
+    reduced = len(model.blocks) - model.blocks[-1].forward.reduction.first
+    assert len(labels) == (0 if way == "no checkpoint" else 2 * reduced)
