@@ -14,6 +14,7 @@ from elip_models.towers import as_image_text
 from tests.helpers.models import PAIRS, hf_blip, hf_clip, hf_siglip, ids
 from tests.helpers.models import output_of_guided_pair as guided
 from tests.helpers.models import output_of_pair as run
+from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import SCHEDULE, WIDTH, gradients, images
 
 
@@ -116,6 +117,7 @@ def test_other_numbers_raise_if_pairs_are_asked_for(model):
         outputs(model, images(2), ids(3))
 
 
+@UNGUIDED
 @pytest.mark.parametrize(
     ("make", "asks", "otherwise"),
     [

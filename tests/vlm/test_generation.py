@@ -339,6 +339,7 @@ WHOLE = {
 }
 
 
+@UNGUIDED
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 17, 200])
 @pytest.mark.parametrize("strategy", WHOLE)
