@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -309,9 +309,22 @@ def _write_timm(model: nn.Module, folder: Path, config: Config) -> None:
             f"model: expected a model of timm.create_model, which stores its arguments in "
             f"pretrained_cfg, got a {type(model).__name__} without it"
         )
-    save_for_hf(model, folder, model_args=config)
-    (folder / "pytorch_model.bin").unlink()  # timm pickles the weights, which follow below
+    save_for_hf(_WithoutWeights(model), folder, model_args=config, safe_serialization=True)
     write_tensors(folder / "model.safetensors", model.state_dict())
+
+
+class _WithoutWeights:
+    """A model whose config timm writes; a full disk is no OSError where timm writes weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return no weights; `write_tensors` writes them."""
+        return {}
 
 
 def _write_open_clip(model: nn.Module, folder: Path, config: Config) -> None:
