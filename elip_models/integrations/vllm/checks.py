@@ -1,10 +1,10 @@
 """What vLLM checks when it has read its configuration: settings are used or refused, never ignored.
 
 vLLM has one such class for an architecture, in a table. `install_checks` puts these checks before
-the class that an architecture of `FAMILIES` has there. Without settings they do nothing.
+the class that an architecture has there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from elip_models.integrations.vllm.families import FAMILIES
@@ -25,17 +25,22 @@ class CheckedSettings(VerifyAndUpdateConfig):
 
     @classmethod
     def verify_and_update_model_config(cls, model_config: Any) -> None:
-        """Raise an error for wrong settings, and for an image tower that is not reduced."""
+        """Raise an error for wrong settings, and for a model that has no entry in the table."""
         super().verify_and_update_model_config(model_config)
         config, architecture = model_config.hf_config, model_config.architecture
         if serving_strategy(config) is None:
             return
+        remedy = """pass --hf-overrides '{"elip": null}' to serve it with every token"""
+        if architecture not in FAMILIES:
+            raise ValueError(
+                f"model: expected one of {', '.join(FAMILIES)} for fewer image tokens, got "
+                f"{architecture}; {remedy}"
+            )
         tower = config.vision_config.model_type
         if tower in FAMILIES[architecture].other_towers:
             raise ValueError(
                 f"model: expected an image tower whose tokens are adjacent in the prompt, got "
-                f"{tower}, with a token between rows; pass --hf-overrides "
-                """'{"elip": null}' to serve it with every token"""
+                f"{tower}, with a token between rows; {remedy}"
             )
 
     @classmethod
@@ -78,9 +83,9 @@ def _refused(vllm_config: Any, has_mrope: bool) -> Iterator[tuple[str, str]]:
         yield "--enable-dbo", "since a step has one buffer for positions; leave it out"
 
 
-def install_checks() -> None:
-    """Put the checks before what vLLM itself checks for the architectures of `FAMILIES`."""
-    for architecture in FAMILIES:
+def install_checks(architectures: Iterable[str]) -> None:
+    """Put the checks before what vLLM itself checks for these architectures."""
+    for architecture in architectures:
         present = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
         if not issubclass(present, CheckedSettings):
             MODELS_CONFIG_MAP[architecture] = type(present.__name__, (CheckedSettings, present), {})

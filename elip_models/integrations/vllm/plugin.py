@@ -1,7 +1,7 @@
 """The plugin that vLLM loads in each of its processes, by the entry point of this package.
 
 It replaces the models of `families.FAMILIES` by subclasses. Without settings in the config of a
-model, these do what vLLM's own models do. It changes nothing of other models.
+model, these do what vLLM's own models do.
 """
 
 from pkgutil import resolve_name
@@ -39,7 +39,7 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM prints messages of its child lo
 
 
 def register() -> None:
-    """Replace the models of `FAMILIES` in vLLM, and check their settings."""
+    """Replace models of vLLM, and check settings of all of them."""
     if not vllm.__version__.startswith(f"{TESTED}."):
         logger.warning("elip-kernels is tested with vLLM %s, got %s", TESTED, vllm.__version__)
     if missing := [seam for seam in SEAMS if not _exists(seam)]:
@@ -56,7 +56,7 @@ def register() -> None:
         ModelRegistry.register_model(
             architecture, f"elip_models.integrations.vllm.models:{architecture}"
         )
-    install_checks()
+    install_checks(ModelRegistry.get_supported_archs())
 
 
 def _exists(seam: str) -> bool:

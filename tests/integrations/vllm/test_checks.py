@@ -53,23 +53,33 @@ def test_settings_and_options_that_do_not_fit_are_refused(tmp_path, settings, op
 SMALL = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 
 
-def test_another_image_tower_is_refused_and_another_model_is_unchanged(tmp_path):
-    pixtral = hf.LlavaConfig(
-        text_config=hf.LlamaConfig(**SMALL),
-        vision_config=hf.PixtralVisionConfig(**SMALL),
-        architectures=["LlavaForConditionalGeneration"],
-    )
-    pixtral.save_pretrained(tmp_path / "pixtral")
-    with pytest.raises(ValueError, match="got pixtral, with a token between rows"):
-        configure(tmp_path / "pixtral", {"keep": 0.5}, skip_tokenizer_init=True)
-    assert configure(tmp_path / "pixtral", None, skip_tokenizer_init=True)
-    other = hf.PaliGemmaConfig(
-        text_config=hf.GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=32),
-        vision_config=hf.SiglipVisionConfig(**SMALL),
-        architectures=["PaliGemmaForConditionalGeneration"],
-    )
-    other.save_pretrained(tmp_path / "paligemma")
-    assert configure(tmp_path / "paligemma", {"keep": 0.5}, skip_tokenizer_init=True)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            hf.PaliGemmaConfig(
+                text_config=hf.GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=32),
+                vision_config=hf.SiglipVisionConfig(**SMALL),
+                architectures=["PaliGemmaForConditionalGeneration"],
+            ),
+            "got PaliGemmaForConditionalGeneration; pass",
+        ),
+        (
+            hf.LlavaConfig(
+                text_config=hf.LlamaConfig(**SMALL),
+                vision_config=hf.PixtralVisionConfig(**SMALL),
+                architectures=["LlavaForConditionalGeneration"],
+            ),
+            "got pixtral, with a token between rows",
+        ),
+    ],
+    ids=["without an entry", "another tower"],
+)
+def test_settings_of_models_that_are_not_reduced_are_refused(tmp_path, config, message):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        configure(tmp_path, {"keep": 0.5}, skip_tokenizer_init=True)
+    assert configure(tmp_path, None, skip_tokenizer_init=True)
 
 
 def test_another_version_is_warned_of_and_what_it_lacks_is_named(monkeypatch):

@@ -1,4 +1,4 @@
-"""What the plugin leaves alone, with stubs in place of vLLM."""
+"""What the plugin does with models that it does not reduce, with stubs in place of vLLM."""
 
 import sys
 from importlib import import_module
@@ -43,22 +43,25 @@ def table(monkeypatch):
         vars(sys.modules[name]).update(values)
     monkeypatch.delitem(sys.modules, CHECKS, raising=False)
     for _ in range(2):  # vLLM may load a plugin twice
-        import_module(CHECKS).install_checks()
+        import_module(CHECKS).install_checks([OTHER, *FAMILIES])
     yield table
     sys.modules.pop(CHECKS)
 
 
-def test_architectures_without_a_family_keep_their_class(table):
-    assert table[OTHER] is Stock
-    assert table.keys() - {OTHER} == FAMILIES.keys()
-
-
-def test_a_family_without_settings_is_checked_by_vllm_alone(table):
-    model = SimpleNamespace(hf_config=SimpleNamespace(), architecture=LLAVA)
-    table[LLAVA].verify_and_update_model_config(model)
-    table[LLAVA].verify_and_update_config(SimpleNamespace(model_config=model))
+@pytest.mark.parametrize("name", [OTHER, LLAVA])
+def test_a_model_without_settings_is_checked_by_vllm_alone(name, table):
+    model = SimpleNamespace(hf_config=SimpleNamespace(), architecture=name)
+    table[name].verify_and_update_model_config(model)
+    table[name].verify_and_update_config(SimpleNamespace(model_config=model))
     assert model.seen == ["model", "all"]
-    assert table[LLAVA].__name__ == "Stock" and len(table[LLAVA].__mro__) == 4
+    assert table[name].__name__ == "Stock" and len(table[name].__mro__) == 4
+
+
+def test_settings_of_a_model_without_a_family_are_refused(table):
+    config = SimpleNamespace(elip={"keep": 0.5})
+    model = SimpleNamespace(hf_config=config, architecture=OTHER)
+    with pytest.raises(ValueError, match=f"model: expected one of .* got {OTHER}"):
+        table[OTHER].verify_and_update_model_config(model)
 
 
 def test_a_family_with_settings_is_checked(table):
