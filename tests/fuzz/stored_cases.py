@@ -76,8 +76,10 @@ def save_embeddings(folder):
 def forged(path, rng):
     """Change a JSON file or the metadata of a Parquet file, with a checksum that fits."""
     if path.suffix == ".parquet":
-        text = rng.choice((json.dumps(value(rng)), *LISTS))
-        table = parquet.read_table(path).replace_schema_metadata({b"elip": text.encode()})
+        table, texts = parquet.read_table(path), (json.dumps(value(rng)), *LISTS)
+        stored = table.schema.metadata[b"elip"].decode()  # which would be no damage
+        text = rng.choice([each for each in texts if each != stored])
+        table = table.replace_schema_metadata({b"elip": text.encode()})
         parquet.write_table(table, path)
         if path.parent.name == "images":
             name = f"images/{path.name}"
