@@ -12,13 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 PREFIX = "elip_watched_"
-IMPLEMENTATION = "_attn_implementation"
-"""The attribute of a config that attention modules read; transformers has no public one to read."""
 
 
 def implementation_of(config: Any) -> str:
     """Return the implementation of attention; the model's `set_attn_implementation` changes it."""
-    return getattr(config, IMPLEMENTATION) or "eager"
+    return config._attn_implementation or "eager"  # there is no public name to read it by
 
 
 class WatchedConfig:
@@ -31,7 +29,7 @@ class WatchedConfig:
         """Return an attribute of `own`."""
         if name == "own" or name.startswith("__"):  # a copy that has no attributes yet
             raise AttributeError(name)
-        if name == IMPLEMENTATION:
+        if name == "_attn_implementation":  # which attention modules read
             return PREFIX + implementation_of(self.own)
         return getattr(self.own, name)
 

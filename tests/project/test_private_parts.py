@@ -21,6 +21,7 @@ LISTED = {
     "torch._C": ["engine/_private.py"],
     "._compiled_call_impl": ["engine/install.py", "engine/reduced_block.py"],
     "._forward_hooks, ._forward_pre_hooks": ["towers/tower_parts.py"],
+    "._attn_implementation": ["vlm/attention_probe.py"],
     "from torch.utils._python_dispatch": ["profiling/component_profile.py"],
     "from torch.distributed import _functional_collectives": [
         "pretraining/models/layers/distributed.py"
