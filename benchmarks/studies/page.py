@@ -16,7 +16,6 @@ from benchmarks.studies.results import (
     relative_time,
 )
 from benchmarks.tables import table
-from elip_models.strategies import STRATEGIES
 from elip_models.validation import ConfigError
 
 NONE = "–"
@@ -47,15 +46,6 @@ def study_page(document: Document) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def shown_arms(document: Document) -> list[str]:
-    """Return the arms whose strategy still exists; the statistics are those of all arms."""
-    key = "model.overrides.strategy"
-    named = {
-        arm: settings.get("overrides", {}).get(key) for arm, settings in document["arms"].items()
-    }
-    return [arm for arm, name in named.items() if not name or name.partition(":")[0] in STRATEGIES]
-
-
 def means(document: Document) -> Table:
     """Return header and rows: cost of each arm, its final training loss and each quality metric.
 
@@ -69,7 +59,7 @@ def means(document: Document) -> Table:
     header = ["arm", "seeds", "FLOPs", "time", "final training loss"]
     header += [title(metric, "%") for metric in document["quality"]]
     rows = []
-    for arm in shown_arms(document):
+    for arm in document["arms"]:
         seeds = {run["seed"] for run in document["runs"] if run["arm"] == arm}
         if seeds:
             cells = [f"`{arm}`", str(len(seeds)), _ratio(relative_cost(document, arm))]
@@ -83,7 +73,7 @@ def differences(document: Document, reference: str) -> tuple[Table, list[str]]:
     metrics = document["quality"]
     found = against(document, reference, metrics)
     header, rows = ["arm", *(title(metric, "points") for metric in metrics)], []
-    for arm in shown_arms(document):
+    for arm in document["arms"]:
         gaps = [(found.get((arm, metric)), metric) for metric in metrics]
         if any(gap for gap, _ in gaps):
             rows.append([f"`{arm}`", *(difference_cell(gap, metric) for gap, metric in gaps)])
@@ -115,7 +105,7 @@ def equivalent(document: Document, reference: str, metrics: Sequence[str]) -> li
         shown = [
             f"`{arm}` (at most {bound:.3f})"
             for arm, bound in bounds(document, reference, metric).items()
-            if bound < limit and arm in shown_arms(document)
+            if bound < limit
         ]
         sentences.append(
             f"Equivalent to `{reference}` in {metric} within {limit:.3f}, the deficit of "
