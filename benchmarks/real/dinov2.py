@@ -62,20 +62,25 @@ def weights() -> dict[str, Tensor]:
     return state
 
 
-def timm_model(pixels: int = PIXELS) -> nn.Module:
+def timm_model(pixels: int | tuple[int, int] = PIXELS) -> nn.Module:
     """Return timm's model with these weights, for images of `pixels`, in eval mode.
 
     The position embeddings are interpolated once, as the file does.
+
+    Args:
+        pixels: the side of a square image, or (height, width).
     """
     import timm
     from timm.layers import resample_abs_pos_embed
 
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=pixels, num_classes=0)
+    size = (pixels, pixels) if isinstance(pixels, int) else pixels
+    model = timm.create_model("vit_small_patch14_dinov2", img_size=size, num_classes=0)
     state = weights()
     positions = state["embeddings.position_embeddings"]
+    grid = [side // PATCH for side in size]
     renamed = {
         "cls_token": state["embeddings.cls_token"],
-        "pos_embed": resample_abs_pos_embed(positions, [pixels // PATCH] * 2, antialias=False),
+        "pos_embed": resample_abs_pos_embed(positions, grid, antialias=False),
         "norm.weight": state["layernorm.weight"],
         "norm.bias": state["layernorm.bias"],
     }

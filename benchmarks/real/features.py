@@ -36,13 +36,14 @@ class Setting(NamedTuple):
 
 
 def read_settings(text: str, model: nn.Module) -> list[Setting]:
-    """Return dense and the settings of a line; a comma and a space separate them.
+    """Return dense and the settings of a line, if any; a comma and a space separate them.
 
     Raises:
         ValueError, TypeError: what `reduce_` raises, or two settings of the same name.
     """
     dense = Setting(DENSE, model, elip_models.reduction_summary(model))
-    settings = [dense, *(_read_setting(part.strip(), model) for part in text.split(", "))]
+    parts = text.split(", ") if text else []
+    settings = [dense, *(_read_setting(part.strip(), model) for part in parts)]
     names = [setting.text for setting in settings]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
@@ -70,23 +71,26 @@ def features(
     seed: int,
     advance: Callable[[int], object],
 ) -> Tensor:
-    """Return features (n, D) of photographs, from `folder` if they were computed before.
+    """Return features (n, D), float32, from `folder` if they were computed before.
 
     Args:
         seed: of strategies that draw.
         advance: is called with the number of photographs of each batch.
     """
 
+    dtype = next(setting.model.parameters()).dtype
+
     def compute() -> Tensor:
         torch.manual_seed(seed)
         parts = []
         for images in batches(paths):
-            parts.append(setting.model(images))
+            parts.append(setting.model(images.to(dtype)).float())
             advance(len(images))
         return torch.cat(parts)
 
     key = [str(setting.summary.strategy), setting.text, str(seed), *map(str, paths)]
     key += [setting.weights] if setting.weights else []
+    key += [str(dtype)] if dtype != torch.float32 else []
     return stored(folder, key, compute)
 
 

@@ -1,143 +1,169 @@
-"""Measure what settings cost a pretrained DINOv2 on the test photographs of labelled sets.
+"""Measure what settings cost a pretrained DINOv2 on a panel of labelled photographs.
 
-    python -m benchmarks.real.panel FOLDER --sets groceries --output X.json
+    python -m benchmarks.real.panel FOLDER --output panel.json          # goes on where it stopped
+    python -m benchmarks.real.panel FOLDER --output panel.json --time   # adds the times
 
-Each set has a linear probe, whose penalty its validation split chooses, and votes of the nearest
-neighbours. Differences from dense are paired by photograph, see `paired_interval`. A setting is
-non-inferior if the lower end of the interval of its top-1 is above -`MARGIN`. `materials.py` says
-what FOLDER holds. Features are stored in FOLDER/features, so a run that was stopped continues.
+`sets.py` says which sets there are, and which photographs are measured. Each photograph is
+classified by a linear probe of dense features, by a probe of the setting's own features (what
+someone has who adopts the setting), and by its nearest neighbours. All three are fitted on other
+photographs. Differences from dense are paired by photograph, see `paired_interval`. A setting is
+non-inferior on a set if the lower end of the interval is above -`MARGIN`.
+
+Features are stored in FOLDER/features, and outcomes in FOLDER/outcomes.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import hypot
 from pathlib import Path
-from statistics import NormalDist
+from statistics import fmean, median
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
+from scipy.stats import quantile_test
+from torch import Tensor, nn
 
 from benchmarks.machine import provenance
-from benchmarks.real import dinov2, materials
-from benchmarks.real.features import Setting, features, read_settings
-from benchmarks.real.measures import fitted_probe, knn_correct
-from benchmarks.real.tasks import KNN, OWN, PACKAGES, TITLE, TOP1
-from elip_models.intervals import LEVEL, Interval
-from elip_models.saving.files import write_json
+from benchmarks.real import dinov2, sets
+from benchmarks.real.features import DENSE, Setting, features, read_settings, stored
+from benchmarks.real.measures import PENALTIES, knn_correct
+from benchmarks.real.tasks import KNN, OWN, PACKAGES, TOP1
+from elip_models.analysis.probe import Probe
+from elip_models.intervals import LEVEL, Interval, paired_interval
+from elip_models.profiling.measure import time_side_by_side
+from elip_models.saving.files import read_object, write_json
 from elip_models.validation import check_output
 
 MARGIN = 0.01
 """Share of the photographs, named before the first measurement."""
-SPLITS = ("train", "validation", "test")
+MEASURES = (TOP1, OWN, KNN)
 SETTINGS = ", ".join(
-    f"{strategy} {keep}" for keep in (0.7, 0.5) for strategy in ("merge", "tome", "resize", "evit")
+    [
+        *("merge 0.7", "resize:size=196", "tome 0.715", "evit 0.725", "random 0.735"),
+        *("merge 0.455", "resize_merge 0.5", "resize:size=168", "resize:size=154", "tome 0.48"),
+    ]
 )
+"""At about 0.69 and 0.46 of the dense time at batch 8; the height of a smaller image is a multiple
+of 14 pixels, so its time is not matched exactly."""
+BATCHES = (1, 8)
 
 
-class LabelledSet:
-    """A set of the panel, with a probe that is fitted on its dense features."""
+class Outcomes:
+    """Which photographs of a set are classified correctly under a setting."""
 
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        dense: Setting,
-        *,
-        seed: int,
-        advance: Callable[[int], object],
-    ) -> None:
-        """Read the photographs and fit the probe.
+    def __init__(self, found: sets.LabelledSet, dense: Tensor) -> None:
+        """Fit the probes of dense features.
 
         Args:
-            name: a key of `materials.LABELLED`.
-            folder: the materials.
-            dense: the setting that reduces nothing.
-            seed: of strategies that draw.
-            advance: is called with numbers of photographs whose features were computed.
+            found: the photographs.
+            dense: (n, D) their dense features.
         """
-        self.name, self.folder, self.seed, self.advance = name, folder, seed, advance
-        self.splits = {split: getattr(materials, name)(folder, split) for split in SPLITS}
-        self.probe, self.dense_train = self._probe(dense), self._of(dense, "train")
+        self.found, self.dense = found, dense
+        self.probes, self.penalties = [], []
+        for fold in found.folds:
+            probe, penalty = self._tuned(fold)
+            self.probes.append(probe)
+            self.penalties.append(penalty)
 
-    def correct(self, setting: Setting, *, own: bool) -> dict[str, Tensor]:
-        """Return each measure by photograph of the test split, (n,), ones where it is right.
+    def of(self, reduced: Tensor) -> Tensor:
+        """Return (`MEASURES`, m) ones for right photographs, in the order of `tested`."""
+        labels, parts = self.found.labels, []
+        for fold, probe, penalty in zip(self.found.folds, self.probes, self.penalties, strict=True):
+            tested, truth = reduced[fold.test], labels[fold.test]
+            own = Probe.fit(reduced[fold.train], labels[fold.train], inverse_penalty=penalty)
+            nearest = knn_correct(tested, truth, self.dense[fold.train], labels[fold.train])
+            parts.append(
+                torch.stack([probe.correct(tested, truth), own.correct(tested, truth), nearest])
+            )
+        return torch.cat(parts, dim=1)
 
-        Args:
-            setting: how the model reduces.
-            own: also fit a probe on the setting's own features.
-        """
-        tested, labels = self._of(setting, "test"), self.splits["test"].labels
-        found = {
-            TOP1: self.probe.correct(tested, labels),
-            KNN: knn_correct(tested, labels, self.dense_train, self.splits["train"].labels),
-        }
-        if own:
-            found[OWN] = self._probe(setting).correct(tested, labels)
-        return found
+    def _tuned(self, fold: sets.Fold) -> tuple[Probe, float]:
+        """Return the probe of a fold's training photographs, and the penalty that tunes it best."""
+        labels = self.found.labels
 
-    def _probe(self, setting: Setting) -> Any:
-        train, validation = self.splits["train"], self.splits["validation"]
-        return fitted_probe(
-            self._of(setting, "train"),
-            train.labels,
-            self._of(setting, "validation"),
-            validation.labels,
-        )
+        def right(penalty: float) -> float:
+            probe = Probe.fit(self.dense[fold.train], labels[fold.train], inverse_penalty=penalty)
+            return probe.correct(self.dense[fold.tune], labels[fold.tune]).mean().item()
 
-    def _of(self, setting: Setting, split: str) -> Tensor:
-        paths, folder = self.splits[split].paths, self.folder / "features"
-        return features(setting, paths, folder, seed=self.seed, advance=self.advance)
+        best = max(PENALTIES, key=right)
+        probe = Probe.fit(self.dense[fold.train], labels[fold.train], inverse_penalty=best)
+        return probe, best
 
 
 def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Return the results of all sets and settings."""
-    dense, *settings = read_settings(options.settings, dinov2.timm_model())
-    sets = {}
+    names = sets.names(options.sets)
+    dtype = getattr(torch, options.dtype)
+    settings = read_settings(options.settings, dinov2.timm_model().to(dtype))
+    explored = {"explore": True} if options.explore else {}
+    panel = {name: sets.read(options.folder, name, **explored) for name in names}
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("photographs", total=None)
-        for name in options.sets:
-            one = LabelledSet(
-                name,
-                options.folder,
-                dense,
-                seed=options.seed,
-                advance=partial(progress.advance, task),
-            )
-            reference = one.correct(dense, own=options.own)
-            rows = []
-            for setting in settings:
-                progress.update(task, description=f"{name}, {setting.text}")
-                rows.append(row(setting, one.correct(setting, own=options.own), reference))
-            sets[name] = {
-                "classes": materials.LABELLED[name],
-                "photographs": {split: len(found.paths) for split, found in one.splits.items()},
-                "dense": {each: mean(right) for each, right in reference.items()},
-                "correct": {each: packed(right) for each, right in reference.items()},
-                "settings": rows,
-            }
+        total = len(settings) * sum(len(found.paths) for found in panel.values())
+        task = progress.add_task("photographs", total=total)
+        computed = partial(
+            features,
+            folder=options.folder / "features",
+            seed=options.seed,
+            advance=partial(progress.advance, task),
+        )
+        return {
+            **provenance(PACKAGES),
+            "model": f"DINOv2 ViT-S/14, {dinov2.PIXELS} px, timm",
+            "dtype": options.dtype,
+            "margin": MARGIN,
+            "seed": options.seed,
+            "held_out": sets.HELD_OUT,
+            "explored": options.explore,
+            "sets": {
+                name: _measured(name, found, settings, computed, options.folder)
+                for name, found in panel.items()
+            },
+        }
+
+
+def _measured(
+    name: str,
+    found: sets.LabelledSet,
+    settings: Sequence[Setting],
+    computed: Any,
+    folder: Path,
+) -> dict[str, Any]:
+    """Return the results of one set."""
+    fitted: list[Outcomes] = []
+    right: dict[str, Tensor] = {}
+    for setting in settings:
+        vectors = computed(setting, found.paths)
+
+        def outcomes(vectors: Tensor = vectors) -> Tensor:
+            if not fitted:
+                fitted.append(Outcomes(found, computed(settings[0], found.paths)))
+            return fitted[0].of(vectors)
+
+        dtype = str(next(setting.model.parameters()).dtype)
+        key = [setting.text, setting.weights, dtype, *map(str, found.paths)]
+        right[setting.text] = stored(folder / "outcomes", key, outcomes)
     return {
-        **provenance(PACKAGES),
-        "model": TITLE,
-        "margin": MARGIN,
-        "seed": options.seed,
-        "sets": sets,
+        "shows": sets.SOURCES[name].shows,
+        "photographs": len(found.tested),
+        "dense": _shares(right[DENSE]),
+        "correct": _packed(right[DENSE]),
+        "settings": [row(each, right[each.text], right[DENSE]) for each in settings[1:]],
     }
 
 
-def row(
-    setting: Setting, correct: dict[str, Tensor], reference: dict[str, Tensor]
-) -> dict[str, Any]:
+def row(setting: Setting, right: Tensor, dense: Tensor) -> dict[str, Any]:
     """Return the results of one setting: differences from dense, and what was right."""
     return {
         "setting": setting.text,
         "strategy": str(setting.summary.strategy),
         "kept": round(setting.summary.keep, 4),
         "flops": round(setting.summary.forward_flops, 4),
-        "difference": {each: difference(correct[each], reference[each]) for each in correct},
-        "correct": {each: packed(right) for each, right in correct.items()},
+        "difference": {name: difference(right[i], dense[i]) for i, name in enumerate(MEASURES)},
+        "correct": _packed(right),
     }
 
 
@@ -150,9 +176,26 @@ def difference(correct: Tensor, reference: Tensor) -> dict[str, Any]:
     return {"gains": gains, "losses": losses, **ends, "non_inferior": interval.low > -MARGIN}
 
 
-def mean(correct: Tensor) -> float:
-    """Return the share of ones."""
-    return round(correct.mean().item(), 5)
+def mean_over_sets(intervals: Sequence[Interval]) -> Interval:
+    """Return the mean of intervals of independent sets; its half width is that of a sum."""
+    mean = fmean(each.mean for each in intervals)
+    lower = hypot(*(each.mean - each.low for each in intervals)) / len(intervals)
+    upper = hypot(*(each.high - each.mean for each in intervals)) / len(intervals)
+    return Interval(mean, mean - lower, mean + upper)
+
+
+def contrast(first: str, second: str, count: int) -> Interval:
+    """Return the difference of two settings of one set by their packed outcomes."""
+    left, right = int(first, 16), int(second, 16)
+    return paired_interval((left & ~right).bit_count(), (right & ~left).bit_count(), count)
+
+
+def _shares(right: Tensor) -> dict[str, float]:
+    return {name: round(right[i].mean().item(), 5) for i, name in enumerate(MEASURES)}
+
+
+def _packed(right: Tensor) -> dict[str, str]:
+    return {name: packed(right[i]) for i, name in enumerate(MEASURES)}
 
 
 def packed(correct: Tensor) -> str:
@@ -161,23 +204,60 @@ def packed(correct: Tensor) -> str:
     return f"{int(bits, 2):0{-(-len(bits) // 4)}x}"
 
 
-def paired_interval(gains: int, losses: int, count: int) -> Interval:
-    """Return the interval of the difference of two shares of the same trials.
+@torch.no_grad()
+def add_times(
+    settings: Sequence[Setting],
+    run: Callable[[nn.Module, Tensor], object],
+    pixels: tuple[int, int],
+    rounds: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Return the entry `time` of a document: the time of each setting relative to dense.
 
-    It is the adjusted Wald interval of Bonett and Price (2012), Adjusted Wald Confidence Interval
-    for a Difference of Binomial Proportions Based on Paired Data. It holds its level when few
-    trials differ, unlike the bootstrap.
+    The model runs in float32 on one thread. A ratio is the median of the rounds, with the interval
+    of a median by order statistics.
 
     Args:
-        gains: the trials that succeed in the first share alone.
-        losses: the trials that succeed in the second share alone.
-        count: all trials.
+        settings: dense, and those of the document.
+        run: calls a model with images.
+        pixels: (height, width) of the images.
+        rounds: in each of which all settings are timed once.
+        console: shows the progress.
     """
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    gained, lost, total = (gains + 1) / (count + 2), (losses + 1) / (count + 2), count + 2
-    centre = gained - lost
-    half = z * ((gained + lost - centre**2) / total) ** 0.5
-    return Interval((gains - losses) / count, max(-1.0, centre - half), min(1.0, centre + half))
+    runs, before = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        steps = len(BATCHES) * len(settings) * (1 + rounds)
+        advance = partial(progress.advance, progress.add_task("runs", total=steps))
+        for batch in BATCHES:
+            images = torch.randn(batch, 3, *pixels)
+            times = time_side_by_side(
+                {setting.text: partial(run, setting.model, images) for setting in settings},
+                device=images.device,
+                rounds=rounds,
+                progress=advance,
+            )
+            ratios = {
+                name: [value / base for value, base in zip(each, times[DENSE], strict=True)]
+                for name, each in times.items()
+            }
+            runs.append(
+                {
+                    "batch": batch,
+                    "dense_ms": round(1e3 * median(times[DENSE]), 2),
+                    "ratios": {name: _median(each) for name, each in ratios.items()},
+                }
+            )
+    torch.set_num_threads(before)
+    measured = {**provenance(PACKAGES), "threads": 1, "dtype": "float32", "rounds": rounds}
+    return {"time": measured | {"runs": runs}}
+
+
+def _median(ratios: Sequence[float]) -> dict[str, float]:
+    """Return the median of ratios with its interval."""
+    interval = quantile_test(ratios, q=1.0, p=0.5).confidence_interval(LEVEL)
+    ends = {"mean": median(ratios), "low": interval.low, "high": interval.high}
+    return {end: round(float(value), 4) for end, value in ends.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,29 +267,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, names = parser.add_argument, list(materials.LABELLED)
-    add("folder", type=Path, help="the materials, see benchmarks/real/materials.py")
+    add, names = parser.add_argument, list(sets.SOURCES)
+    add("folder", type=Path, help="the materials, see benchmarks/real/sets.py")
     add("--sets", nargs="+", choices=names, default=names, help="labelled sets (default: all)")
     add("--settings", default=SETTINGS, help="strategies and keep (default: %(default)s)")
-    add("--own", action="store_true", help="fit a probe on each setting's own features, too")
+    add("--explore", action="store_true", help="photographs on which settings may be chosen")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
     add("--seed", type=int, default=0, help="of random choices (default: %(default)s)")
     add("--output", type=Path, metavar="X.json", help="write the results to this file")
+    add("--time", action="store_true", help="measure times alone, and add them to --output")
+    add("--rounds", type=int, default=21, help="with --time, interleaved (default: %(default)s)")
     options = parser.parse_args(arguments)
     console = Console()
     try:
         check_output("--output", options.output)
-        document = measure(options, console)
+        if options.time:
+            document = read_object(options.output)
+            first, *_ = document["sets"].values()
+            texts = ", ".join(each["setting"] for each in first["settings"])
+            settings = read_settings(texts, dinov2.timm_model())
+            size = (dinov2.PIXELS, dinov2.PIXELS)
+            document |= add_times(settings, nn.Module.__call__, size, options.rounds, console)
+        else:
+            document = measure(options, console)
     except (ImportError, OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     for name, found in document["sets"].items():
-        console.print(f"{name}: dense {found['dense'][TOP1]:.1%} of {found['photographs']['test']}")
+        shares = ", ".join(f"{key} {share:.1%}" for key, share in found["dense"].items())
+        console.print(f"{name}, {found['photographs']} photographs: {shares}")
         for each in found["settings"]:
-            gap = each["difference"][TOP1]
-            mean_, low, high = (100 * gap[end] for end in ("mean", "low", "high"))
-            console.print(f"  {each['setting']}: {mean_:+.1f} ({low:.1f} to {high:.1f})")
+            texts = (_points(each["difference"][key]) for key in MEASURES)
+            console.print(f"  {each['setting']}: {', '.join(texts)}")
     if options.output is not None:
         write_json(options.output, document)
     return 0
+
+
+def _points(interval: dict[str, Any]) -> str:
+    mean, low, high = (100 * interval[end] for end in ("mean", "low", "high"))
+    return f"{mean:+.1f} ({low:.1f} to {high:.1f})"
 
 
 if __name__ == "__main__":
