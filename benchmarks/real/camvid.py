@@ -191,7 +191,8 @@ def difference(reduced: Tensor, dense: Tensor) -> Interval:
 
     def gap(sums: np.ndarray) -> np.ndarray:
         both = sums.reshape(len(sums), 2, 2, CLASSES)
-        means = np.nanmean(both[:, :, 0] / both[:, :, 1], axis=-1)  # of classes that are there
+        with np.errstate(invalid="ignore"):  # a class that no frame has
+            means = np.nanmean(both[:, :, 0] / both[:, :, 1], axis=-1)
         return means[:, 0] - means[:, 1]
 
     return interval_of_totals(np.stack(groups), gap)

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.real.materials import CAPTIONS
 from elip_models.analysis.probe import Probe
 
+TOP1, OWN, KNN = "top1", "top1_own", "knn"
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)
 """Inverse strengths of the probe's penalty, of which the validation split chooses one."""
 NEIGHBOURS, TEMPERATURE = 10, 0.07

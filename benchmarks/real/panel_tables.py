@@ -1,0 +1,194 @@
+"""Tables and rows of the panel of labelled sets and of CamVid, from their committed results.
+
+The mean over the sets counts each set once. Its interval is that of a mean of independent sets.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import hypot
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from benchmarks.real.measures import KNN, OWN, TOP1
+from benchmarks.real.sets import SOURCES
+from benchmarks.tables import table
+from elip_models.intervals import Interval, paired_interval
+from elip_models.profiling.measure import NO_GAIN
+
+TITLES = {TOP1: "probe of dense features", OWN: "own probe", KNN: "nearest neighbours"}
+EQUAL_TIME = 0.03
+"""Largest difference of the times, relative to dense, of two settings that are contrasted."""
+BATCH, SINGLE = 8, 1
+
+Document = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """What one setting costs on the panel, by one measure.
+
+    Attributes:
+        setting: as `reduce_` takes it.
+        sets: the difference from dense by set.
+        mean: over the sets.
+        worst: the set with the largest loss, by its mean.
+        non_inferior: the number of sets on which the setting is non-inferior.
+    """
+
+    setting: str
+    sets: dict[str, Interval]
+    mean: Interval
+    worst: str
+    non_inferior: int
+
+
+def rows(panel: Document, measure: str = OWN) -> list[Row]:
+    """Return a row for each setting of the panel, in their order."""
+    first, *_ = panel["sets"].values()
+    found = []
+    for i, entry in enumerate(first["settings"]):
+        differences = {
+            name: each["settings"][i]["difference"][measure] for name, each in panel["sets"].items()
+        }
+        sets = {
+            name: Interval(each["mean"], each["low"], each["high"])
+            for name, each in differences.items()
+        }
+        found.append(
+            Row(
+                entry["setting"],
+                sets,
+                mean_over_sets(list(sets.values())),
+                min(sets, key=lambda name: sets[name].mean),
+                sum(each["non_inferior"] for each in differences.values()),
+            )
+        )
+    return found
+
+
+def mean_over_sets(intervals: Sequence[Interval]) -> Interval:
+    """Return the mean of intervals of independent sets; its half width is that of a sum."""
+    mean = fmean(each.mean for each in intervals)
+    lower = hypot(*(each.mean - each.low for each in intervals)) / len(intervals)
+    upper = hypot(*(each.high - each.mean for each in intervals)) / len(intervals)
+    return Interval(mean, mean - lower, mean + upper)
+
+
+def contrast(first: str, second: str, count: int) -> Interval:
+    """Return the difference of two settings of one set by their packed outcomes."""
+    left, right = int(first, 16), int(second, 16)
+    return paired_interval((left & ~right).bit_count(), (right & ~left).bit_count(), count)
+
+
+def points(interval: Interval) -> str:
+    """Return '−1.4 (−3.5 to 0.8)' in points."""
+    mean, low, high = (100 * end for end in interval)
+    return f"{mean:+.1f} ({low:.1f} to {high:.1f})".replace("-", "−")
+
+
+def times(document: Document, batch: int) -> dict[str, Interval]:
+    """Return the time of each setting relative to dense, with its interval; empty if not there."""
+    runs = document.get("time", {"runs": []})["runs"]
+    ratios = next((run["ratios"] for run in runs if run["batch"] == batch), {})
+    return {name: Interval(*each.values()) for name, each in ratios.items()}
+
+
+def time_text(document: Document, setting: str, batch: int) -> str:
+    """Return '0.69', with 'no gain' where it is one."""
+    found = times(document, batch)
+    if setting not in found:
+        return ""
+    ratio = found[setting].mean
+    return f"{ratio:.2f}" + ("" if ratio < NO_GAIN else ", no gain")
+
+
+def sets_table(panel: Document) -> str:
+    """Return what the sets show, their sizes, licences, and who chose settings on them."""
+    cells = [
+        [
+            name,
+            SOURCES[name].shows,
+            f"{found['photographs']:,}",
+            f"`{SOURCES[name].repository}`",
+            SOURCES[name].licence,
+            *(f"{100 * found['dense'][measure]:.1f}" for measure in (TOP1, KNN)),
+        ]
+        for name, found in panel["sets"].items()
+    ]
+    header = ["set", "classes", "measured", "files", "licence", "dense probe", "dense k-NN"]
+    return table(header, cells, left=2)
+
+
+def panel_table(panel: Document, measure: str) -> str:
+    """Return a row for each setting: the difference from dense on each set, mean and time."""
+    names = list(panel["sets"])
+    cells = []
+    for row in rows(panel, measure):
+        differences = []
+        for name in names:
+            bold = "**" if row.sets[name].low > -panel["margin"] else ""
+            differences.append(f"{bold}{points(row.sets[name])}{bold}")
+        cells.append(
+            [
+                f"`{row.setting}`",
+                *(time_text(panel, row.setting, batch) for batch in (BATCH, SINGLE)),
+                points(row.mean),
+                *differences,
+            ]
+        )
+    return table(["setting", "batch 8", "batch 1", "mean", *names], cells, left=1)
+
+
+def contrasts(panel: Document) -> Iterator[tuple[str, str, dict[str, Interval], Interval]]:
+    """Yield pairs of settings of about equal time, with first minus second by set and on average.
+
+    Own probes are compared.
+    """
+    ratios = times(panel, BATCH)
+    first, *_ = panel["sets"].values()
+    names = [entry["setting"] for entry in first["settings"] if entry["setting"] in ratios]
+    for i, left in enumerate(names):
+        for j, right in enumerate(names[i + 1 :], start=i + 1):
+            if abs(ratios[left].mean - ratios[right].mean) > EQUAL_TIME:
+                continue
+            sets = {
+                name: contrast(
+                    found["settings"][i]["correct"][OWN],
+                    found["settings"][j]["correct"][OWN],
+                    found["photographs"],
+                )
+                for name, found in panel["sets"].items()
+            }
+            yield left, right, sets, mean_over_sets(list(sets.values()))
+
+
+def contrasts_table(panel: Document) -> str:
+    """Return `contrasts` as a table."""
+    cells = []
+    for left, right, sets, mean in contrasts(panel):
+        better = [name for name, each in sets.items() if each.low > 0]
+        worse = [name for name, each in sets.items() if each.high < 0]
+        cells.append(
+            [
+                f"`{left}` − `{right}`",
+                points(mean),
+                ", ".join(better) or "none",
+                ", ".join(worse) or "none",
+            ]
+        )
+    header = ["contrast", "mean of the sets", "better on", "worse on"]
+    return table(header, cells, left=1)
+
+
+def camvid_table(camvid: Document) -> str:
+    """Return a row for each setting of CamVid: the difference from dense by both heads."""
+    cells = []
+    for entry in camvid["settings"]:
+        gaps = entry["difference"]
+        cells.append(
+            [
+                f"`{entry['setting']}`",
+                *(time_text(camvid, entry["setting"], batch) for batch in (BATCH, SINGLE)),
+                *(points(Interval(*gaps[head].values())) for head in ("own", "dense")),
+            ]
+        )
+    header = ["setting", "batch 8", "batch 1", "own head", "head of dense features"]
+    return table(header, cells, left=1)

@@ -1,0 +1,92 @@
+"""Write the panel of labelled sets and CamVid in results.md from their committed results.
+
+python docs/panel.py             # rewrite the block between the markers
+python docs/panel.py --check     # exit status 1 if the block is stale
+"""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.marked_block import Block, run
+from benchmarks.real.measures import KNN, OWN, TOP1
+from benchmarks.real.panel_tables import (
+    TITLES,
+    camvid_table,
+    contrasts_table,
+    panel_table,
+    sets_table,
+)
+from elip_models.saving.files import read_object
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks" / "results" / "real"
+
+
+def block(panel: dict[str, Any], camvid: dict[str, Any]) -> str:
+    """Return the sets, a table for each measure, contrasts at equal time, and CamVid."""
+    margin = 100 * panel["margin"]
+    parts = [
+        f"{panel['model']}, features in {panel['dtype']}. No setting was chosen on these "
+        "photographs. No setting of any kind was chosen with photographs of "
+        f"`{panel['held_out']}`, not even on others of the set.",
+        sets_table(panel),
+        "Differences from dense in points of top-1, with 95% intervals (adjusted Wald, Bonett and "
+        "Price 2012, paired by photograph, not adjusted for the number of rows; that of the mean "
+        "is of independent sets). **Bold**: non-inferior, the interval ends above "
+        f"−{margin:.1f} points, a margin that was named before the first measurement. Times are "
+        f"relative to dense, {times_note(panel)}.",
+    ]
+    for measure in (OWN, TOP1, KNN):
+        parts += [f"**{TITLES[measure].capitalize()}**", panel_table(panel, measure)]
+    contrasted = contrasts_table(panel)
+    parts += [
+        "**Settings of about equal time, own probes.** Points of the first minus points of the "
+        "second. Better or worse: sets whose 95% interval excludes zero.",
+        contrasted,
+        f"**CamVid**, {camvid['model']}: {camvid['frames']['test']} test frames, heads fitted on "
+        f"{camvid['frames']['train']}. Dense mIoU {100 * camvid['dense']['own']:.1f}. Differences "
+        "in points of mIoU with 95% intervals (percentile bootstrap of groups of "
+        f"{camvid['group']} consecutive frames). `dense@280` is the dense model on images of 280 "
+        "pixels in height instead of 336.",
+        camvid_table(camvid),
+        measured_on(panel),
+    ]
+    return "\n\n".join(parts)
+
+
+def times_note(document: dict[str, Any]) -> str:
+    """Return how times were measured."""
+    found = document.get("time")
+    if found is None:
+        return "not measured yet"
+    widest = max(
+        each["high"] - each["low"] for run in found["runs"] for each in run["ratios"].values()
+    )
+    return (
+        f"{found['dtype']}, one thread, medians of {found['rounds']} interleaved rounds (95% "
+        f"intervals of the median are at most {widest:.2f} wide)"
+    )
+
+
+def measured_on(document: dict[str, Any]) -> str:
+    """Return machine, date, commit and versions."""
+    versions = ", ".join(f"{name} {text}" for name, text in document["versions"].items())
+    return (
+        f"Measured on {document['device']} on {document['date']} at commit "
+        f"{document['commit']['id'][:7]}; {versions}."
+    )
+
+
+def blocks() -> list[Block]:
+    """Return the block of the page."""
+    panel, camvid = (read_object(RESULTS / f"{name}.json") for name in ("panel", "camvid"))
+    return [Block(DOCS / "results.md", "panel", block(panel, camvid))]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 1 if a page has no markers, or is stale under --check."""
+    return run(blocks, "python docs/panel.py", __doc__, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
