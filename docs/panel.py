@@ -46,7 +46,7 @@ def block(panel: dict[str, Any], camvid: dict[str, Any]) -> str:
         f"**CamVid**, {camvid['model']}: {camvid['frames']['test']} test frames, heads fitted on "
         f"{camvid['frames']['train']}. Dense mIoU {100 * camvid['dense']['own']:.1f}. Differences "
         "in points of mIoU with 95% intervals (percentile bootstrap of groups of "
-        f"{camvid['group']} consecutive frames). `dense@280` is the dense model on images of 280 "
+        f"{camvid['group']} consecutive frames). `dense@294` is the dense model on images of 294 "
         "pixels in height instead of 336.",
         camvid_table(camvid),
         measured_on(panel),

@@ -49,15 +49,15 @@ HEADS = ("dense", "own")
 SETTINGS = ", ".join(
     [
         *("merge 0.85", "merge 0.7", "merge 0.55", "merge 0.455", "tome 0.715", "evit 0.725"),
-        *(f"dense@{height}" for height in (308, 280, 252, 224)),
-        *("merge 0.7@280", "merge 0.85@252"),
+        *(f"dense@{height}" for height in (308, 294, 252, 224)),
+        *("merge 0.7@294", "merge 0.85@252"),
     ]
 )
 """A number after @ is the height of a smaller image, whose width keeps the proportion."""
 
 
 def read_camvid_settings(text: str, dtype: torch.dtype) -> list[Setting]:
-    """Return dense and the settings of a line, such as 'merge 0.7, dense@280, merge 0.7@280'."""
+    """Return dense and the settings of a line, such as 'merge 0.7, dense@294, merge 0.7@294'."""
     settings = read_settings("", dinov2.timm_model(PIXELS).to(dtype))
     for part in text.split(", "):
         strategy, _, height = part.partition("@")
