@@ -1,18 +1,22 @@
-"""Draw the chart of results.md: time against loss, from the results of `benchmarks.real.tasks`.
+"""Draw the chart of the README: time against loss on the panel of labelled sets and on CamVid.
 
 python docs/readme_chart.py             # write docs/time_against_accuracy.svg
 python docs/readme_chart.py --check     # exit status 1 if the file is stale
 """
 
 import argparse
+import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
+from benchmarks.real import panel_tables
 from elip_models.analysis.chart_style import GREY, METADATA, STYLE, write_figure
+from elip_models.intervals import Interval
 from elip_models.saving.files import read_object
 
 matplotlib.use("svg")
@@ -22,67 +26,77 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DOCS = Path(__file__).resolve().parent
-RESULTS = DOCS.parent / "benchmarks" / "results" / "real" / "tasks_test.json"
+RESULTS = DOCS.parent / "benchmarks" / "results" / "real"
 CHART = DOCS / "time_against_accuracy.svg"
-BATCH, THREADS = 8, 2
-KEEPS = (0.7, 0.5)
 LINES = {
     "merge": ("merge (default)", "#009e73", "o"),
+    "tome": ("tome", "#56b4e9", "P"),
     "resize_merge": ("resize_merge", "#0072b2", "D"),
     "resize": ("smaller image", GREY, "s"),
+    "dense": ("smaller image", GREY, "s"),
     "evit": ("EViT", "#e69f00", "^"),
     "random": ("random pruning", "#cc79a7", "v"),
 }
-"""Strategy: its name in the chart, colour, marker."""
-PANELS = {
-    "top1": "Classification: top-1 of a linear probe",
-    "text_to_image_r5": "Retrieval, text to image: R@5",
-}
+"""Name of the strategy in a setting: its name in the chart, colour, marker."""
+Points = dict[str, list[tuple[float, Interval]]]
+"""Time and difference of the settings of each strategy."""
 
 
-def draw(document: dict[str, Any], path: Path) -> None:
+def draw(panel: dict[str, Any], camvid: dict[str, Any], path: Path) -> None:
     """Write the chart."""
+    rows = panel_tables.rows(panel)
+    on_camvid = {
+        entry["setting"]: Interval(*entry["difference"]["own"].values())
+        for entry in camvid["settings"]
+    }
+    panels = {
+        f"Mean of {len(panel['sets'])} labelled sets": by_strategy(
+            panel, {row.setting: row.mean for row in rows}
+        ),
+        "Worst set of each setting": by_strategy(
+            panel, {row.setting: row.sets[row.worst] for row in rows}
+        ),
+        "Segmentation (CamVid)": by_strategy(camvid, on_camvid),
+    }
     with matplotlib.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(PANELS), figsize=(8.4, 3.3), layout="constrained")
-        for axes, (task, title) in zip(panels, PANELS.items(), strict=True):
-            _panel(axes, document, task, title)
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, frameon=False, loc="outside lower center", ncols=len(LINES))
+        size = (9.6, 3.3)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
+        for each, (title, points) in zip(axes, panels.items(), strict=True):
+            _panel(each, points, title)
+        axes[0].set_ylabel("top-1, own probe: points of change")
+        axes[2].set_ylabel("mIoU, own head: points of change")
+        handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+        place = {"frameon": False, "loc": "outside lower center", "ncols": len(handles)}
+        figure.legend(handles.values(), handles, **place)
         write_figure(figure, path, metadata=METADATA)
         plt.close(figure)
 
 
-def _panel(axes: "Axes", document: dict[str, Any], task: str, title: str) -> None:
-    rows = {row["setting"]: row["difference"][task] for row in document["settings"]}
-    runs = document["time"]["runs"]
-    times = next(run for run in runs if (run["batch"], run["threads"]) == (BATCH, THREADS))
-    for strategy, (label, colour, marker) in LINES.items():
-        settings = [f"{strategy} {keep}" for keep in KEEPS]
-        mean, low, high = (
-            [0.0, *(100 * rows[name][end] for name in settings)] for end in ("mean", "low", "high")
-        )
-        errors = [
-            [middle - end for middle, end in zip(mean, low, strict=True)],
-            [end - middle for middle, end in zip(mean, high, strict=True)],
-        ]
-        axes.errorbar(
-            [1.0, *(times["ratios"][name] for name in settings)],
-            mean,
-            errors,
-            color=colour,
-            marker=marker,
-            markersize=5,
-            linewidth=1.4,
-            elinewidth=0.8,
-            capsize=2,
-            label=label,
-        )
+def by_strategy(document: dict[str, Any], differences: dict[str, Interval]) -> Points:
+    """Return what was measured with a time, by strategy; a smaller image that is reduced is not."""
+    times, found = panel_tables.times(document, panel_tables.BATCH), defaultdict(list)
+    for setting, difference in differences.items():
+        strategy = re.match("[a-z_]+", setting)[0]
+        if strategy == "dense" or "@" not in setting:
+            found[strategy].append((times[setting].mean, difference))
+    return found
+
+
+def _panel(axes: "Axes", points: Points, title: str) -> None:
+    for strategy, found in points.items():
+        label, colour, marker = LINES[strategy]
+        time, differences = zip(*sorted(found, reverse=True), strict=True)
+        mean = [0.0, *(100 * each.mean for each in differences)]
+        below = [0.0, *(100 * (each.mean - each.low) for each in differences)]
+        above = [0.0, *(100 * (each.high - each.mean) for each in differences)]
+        style = {"color": colour, "marker": marker, "markersize": 5, "label": label}
+        widths = {"linewidth": 1.4, "elinewidth": 0.8, "capsize": 2}
+        axes.errorbar([1.0, *time], mean, [below, above], **style, **widths)
     axes.plot([1.0], [0.0], color=GREY, marker="*", markersize=11, zorder=5)
     axes.annotate("dense", (1.0, 0.0), (0, 7), textcoords="offset points", ha="center")
-    axes.set_xlim(0.35, 1.06)
+    axes.set_xlim(right=1.06)
     axes.set_title(title, fontsize=9, color=GREY)
-    axes.set_xlabel("time relative to dense")
-    axes.set_ylabel("change, points")
+    axes.set_xlabel("time relative to dense, batch 8")
     axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
 
 
@@ -91,13 +105,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
-    document = read_object(RESULTS)
+    panel, camvid = (read_object(RESULTS / f"{name}.json") for name in ("panel", "camvid"))
     if not options.check:
-        draw(document, CHART)
+        draw(panel, camvid, CHART)
         return 0
     with TemporaryDirectory() as folder:
         drawn = Path(folder) / CHART.name
-        draw(document, drawn)
+        draw(panel, camvid, drawn)
         current = CHART.is_file() and drawn.read_bytes() == CHART.read_bytes()
     if not current:
         sys.stderr.write(f"{CHART}: stale; run python docs/readme_chart.py\n")

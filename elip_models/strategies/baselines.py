@@ -1,6 +1,7 @@
 """Baselines on ELIP's schedule: TRIPS, random pruning and patch dropout."""
 
 from dataclasses import dataclass, replace
+from math import floor
 from typing import ClassVar, Self
 
 import torch
@@ -114,7 +115,7 @@ class PatchDropout(RandomKeep):
 
     def _num_kept(self, size: TowerSize) -> int:
         """Return the number of patches that stay."""
-        return max(1, int(self.with_rate(size).keep_ratio * size.num_patches))
+        return max(1, floor(self.with_rate(size).keep_ratio * size.num_patches))
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         return replace(self, keep_ratio=1 - strength * (1 - least_share(size)))

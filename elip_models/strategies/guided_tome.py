@@ -10,6 +10,7 @@ protected token merges only after all others. Other tokens may still merge into 
 """
 
 from dataclasses import dataclass
+from math import floor
 from typing import ClassVar, Literal
 
 import torch
@@ -61,7 +62,7 @@ class GuidedToMe(Guided, ToMe):
             cls = query_of(tower, tokens, context.text_cls, self).fused()
             row = tower.cls_attention(i, tokens, cls, mask=mask)
             patches = row[:, p:]
-            count = int(self.protect * patches.shape[1])
+            count = floor(self.protect * patches.shape[1])
             protected = largest(patches, count) + p
             least = torch.finfo(row.dtype).tiny
             importance = row / patches.amax(1, keepdim=True).clamp(min=least)

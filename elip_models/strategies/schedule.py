@@ -139,7 +139,7 @@ class Schedule:
         counted = num_patches + 1 if self.count_cls else num_patches
         for layers, ratio in self.groups:
             if ratio < 1.0:
-                keep = int(counted * ratio)
+                keep = math.floor(counted * ratio)
                 if not 1 <= keep <= num_patches:
                     raise ValueError(
                         f"schedule: expected 1 to {num_patches} kept patches of {num_patches}, got "

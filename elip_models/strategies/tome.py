@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import floor
 from typing import ClassVar, Literal
 
 import torch
@@ -90,7 +91,7 @@ class ToMe(Strategy):
             return r
         total = round(r * depth * size.num_patches) if isinstance(r, float) else r * depth
         slope = self.decrease / max(depth - 1, 1)
-        bounds = [int(total * i / depth * (1 + slope * (depth - i))) for i in range(depth + 1)]
+        bounds = [floor(total * i / depth * (1 + slope * (depth - i))) for i in range(depth + 1)]
         return tuple(b - a for a, b in pairwise(bounds))
 
     def stages(self, size: TowerSize) -> tuple[Stage, ...]:
