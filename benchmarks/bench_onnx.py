@@ -42,9 +42,9 @@ def cases(scale):
 
 @cache
 @torch.no_grad()
-def exported(name, size, batch, labels):
+def exported(name, size, batch, depth, labels):
     """Return models and their ONNX programs by label."""
-    dense = timm.create_model(name, img_size=size, num_classes=0).eval()
+    dense = timm.create_model(name, img_size=size, depth=depth, num_classes=0).eval()
     models = {DENSE: dense}
     for label in labels:
         strategy, keep = STRATEGIES[label]
@@ -98,8 +98,8 @@ def quantised(program, folder):
 def test_exported(record, rounds, scale, case, tmp_path):
     name, size, batch, threads = case.split("-")
     size, batch, threads = int(size), int(batch[1:]), int(threads[1:])
-    labels = ("tome 0.7",) if scale == "smallest" else tuple(STRATEGIES)
-    models, programs = exported(name, size, batch, labels)
+    depth, labels = (2, ("tome 0.7",)) if scale == "smallest" else (12, tuple(STRATEGIES))
+    models, programs = exported(name, size, batch, depth, labels)
     image = torch.randn(batch, 3, size, size)
     steps = {label: in_onnxruntime(program, image, threads) for label, program in programs.items()}
     if find_spec("openvino") is not None:

@@ -98,7 +98,8 @@ class PretrainingCase:
 def pretraining_case(family: str, scale: Scale) -> PretrainingCase:
     """Return the paper's size and batch on a GPU, and a narrow model with four pairs on a CPU."""
     if scale == "smallest":
-        return PretrainingCase(f"{family}_tiny", {}, 2, MAIN_DTYPE)
+        shallow = {"vision_depth": 6, "schedule": "2(100%) 2(75%) 2(40%)"}
+        return PretrainingCase(f"{family}_tiny", shallow, 2, MAIN_DTYPE)
     name = "clip_vit_b16" if family == "clip" else family
     if ON_GPU:
         return PretrainingCase(name, {}, 36, MAIN_DTYPE)

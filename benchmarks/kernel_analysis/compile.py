@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +159,7 @@ def target_of(arch: Arch) -> Any:
     return GPUTarget("hip", arch, 64) if _is_amd(arch) else GPUTarget("cuda", arch, 32)
 
 
+@cache  # Triton returns the same code for launches that differ in sizes alone
 def _read(code: Any, arch: Arch) -> Compiled:
     """Return the figures of a kernel that Triton compiled."""
     asm, shared, num_warps = code.asm, code.metadata.shared, code.metadata.num_warps

@@ -16,7 +16,8 @@ from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
 
 from elip_models.strategies import DEFAULT, STRATEGIES
-from elip_models.strategies.elip import ELIP, ELIPOptions
+from elip_models.strategies.elip import ELIP
+from elip_models.strategies.elip_options import ELIPOptions
 from elip_models.strategies.flops import check_share
 from elip_models.strategies.serialization import read_strategy
 from elip_models.strategies.strategy import Strategy

@@ -65,8 +65,8 @@ class Strategy(CostModel):
     """A way to reduce the tokens of a tower. Subclasses are frozen dataclasses.
 
     To write one, define `stages`, `token_counts`, `step` and `at_strength` (see
-    `examples/own_strategy.py`). To follow a schedule, subclass `Staged` (strategies/elip.py) and
-    define `score` alone. `reduce_` and `encode_image` take an instance. Set
+    `examples/own_strategy.py`). To follow a schedule, subclass `Staged` (strategies/elip.py); it
+    needs two fields and `score`. `reduce_` and `encode_image` take an instance. Set
     `elip_models.STRATEGIES[name]` to the class to use it by its name.
 
     Attributes:

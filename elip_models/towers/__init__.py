@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from elip_models.towers.base import Tower, in_forward
+from elip_models.towers.base import Tower
+from elip_models.towers.in_place import in_forward
 from elip_models.towers.nested_modules import outermost
 from elip_models.towers.reducible_model import (
     ImageModel,

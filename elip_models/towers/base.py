@@ -8,9 +8,9 @@ boundaries are computed here, once for all libraries, and other rows in `attenti
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial, wraps
+from functools import partial
 from operator import attrgetter
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +21,13 @@ import elip_kernels
 from elip_kernels import ReductionInfo
 from elip_kernels.differentiation import has_tangents
 from elip_models.towers.attention_rows import AttentionRows
+from elip_models.towers.in_place import in_place_of
 from elip_models.towers.merge import Merge
-from elip_models.towers.tower_data import QKV, Projections, Query, TowerSize
+from elip_models.towers.tower_data import QKV, Affine, Projections, Query, TowerSize
 from elip_models.towers.tower_parts import Block, normed, unwrapped
-from elip_models.towers.wrapped_modules import (
-    Affine,
-    in_place_of,
-    is_layer_norm,
-    is_plain,
-    qkv_of,
-    unsharded,
-)
+from elip_models.towers.wrapped_modules import is_layer_norm, is_plain, qkv_of, unsharded
 from elip_models.validation import shortened
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -285,20 +278,6 @@ def original_method(owner: Any, name: str, replaced: Any) -> Callable[..., Any]:
     That is `replaced`, the caller's own replacement, or the method of the class if it is None.
     """
     return partial(getattr(type(owner), name), owner) if replaced is None else replaced
-
-
-def in_forward(
-    run: Callable[Concatenate[Tower, Tensor, P], tuple[Tensor, R]],
-) -> Callable[Concatenate[Tower, Tensor, P], tuple[Tensor, R]]:
-    """Make `run(tower, images, ..) -> (tokens, more)` replace the forward of the tower's model."""
-
-    @wraps(run)
-    def run_in_forward(
-        tower: Tower, images: Tensor, *args: P.args, **kwargs: P.kwargs
-    ) -> tuple[Tensor, R]:
-        return in_place_of(tower.model, lambda x: run(tower, x, *args, **kwargs), images)
-
-    return run_in_forward
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -18,7 +19,7 @@ from elip_models.towers.reducible_model import (
     default_stats,
     random_ids,
 )
-from elip_models.towers.wrapped_modules import through_transpose
+from elip_models.towers.wrapped_modules import affine
 
 
 class HFImageText(ImageTextModel):
@@ -160,3 +161,14 @@ class HFBlip(HFImageText):
     def encode_guidance(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         text = self.model.text_encoder(input_ids=input_ids, attention_mask=attention_mask)
         return text.last_hidden_state[:, 0]
+
+
+def through_transpose(x: Tensor, layer: nn.Module) -> Tensor:
+    """Return x W, (B, out) -> (B, in), for a layer without bias.
+
+    Without a readable weight, W comes from a call on each input feature.
+    """
+    known = affine(layer)
+    if known is not None:
+        return x @ known.weight
+    return x @ layer(torch.eye(layer.in_features, dtype=x.dtype, device=x.device)).T

@@ -19,18 +19,12 @@ from torch import Tensor, nn
 
 from elip_models.images import CLIP_STATS, Stats
 from elip_models.towers.base import Tower
-from elip_models.towers.lora_attention import in_projection, out_projection
+from elip_models.towers.lora import in_projection, is_lora_attention, out_projection
 from elip_models.towers.positions import interpolated
 from elip_models.towers.reducible_model import ImageTextModel, default_stats, random_ids
-from elip_models.towers.tower_data import BlockNames
+from elip_models.towers.tower_data import Affine, BlockNames
 from elip_models.towers.tower_parts import run, unwrapped
-from elip_models.towers.wrapped_modules import (
-    Affine,
-    affine,
-    is_lora_attention,
-    refuses_norm,
-    unsharded,
-)
+from elip_models.towers.wrapped_modules import affine, refuses_norm, thirds, unsharded
 
 BLOCK = BlockNames(
     attn="attn",
@@ -135,9 +129,9 @@ class OpenClipTower(Tower):
     def weights(self, i: int) -> list[Affine]:
         attn = self._attention(i)
         if not is_lora_attention(attn):
-            return in_projection(attn).thirds()
+            return thirds(in_projection(attn))
         with torch.no_grad():
-            return in_projection(attn).thirds()
+            return thirds(in_projection(attn))
 
     def project(self, i: int, attended: Tensor) -> Tensor:
         attn = self._attention(i)

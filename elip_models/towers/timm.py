@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from elip_models.towers.base import Tower
 from elip_models.towers.positions import interpolated
-from elip_models.towers.tower_data import BlockNames, per_sublayer, plain_mlp_ratio
+from elip_models.towers.tower_data import Affine, BlockNames, per_sublayer, plain_mlp_ratio
 from elip_models.towers.tower_parts import unwrapped
 from elip_models.towers.unsupported import timm_reason
-from elip_models.towers.wrapped_modules import Affine, library_class, refuses_norm
+from elip_models.towers.wrapped_modules import library_class, refuses_norm
 
 MODELS = (vit.VisionTransformer, NaFlexVit)  # whose blocks are of the class Block
 BLOCK = BlockNames(

@@ -3,6 +3,7 @@
 import math
 from typing import Literal, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_kernels import fuse_text
@@ -115,6 +116,17 @@ class Projections(NamedTuple):
     scale: float
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
+
+
+class Affine(NamedTuple):
+    """The map x -> x W^T + b."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the map to the last dimension of x."""
+        return F.linear(x, self.weight, self.bias)
 
 
 class Query(NamedTuple):

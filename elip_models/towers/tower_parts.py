@@ -16,7 +16,7 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from elip_models.towers.tower_data import QKV, BlockNames
+from elip_models.towers.tower_data import QKV, Affine, BlockNames
 
 NO_POSITION = -1
 """Of a token that is made of all dropped ones."""
@@ -280,6 +280,15 @@ def normed(norm: nn.Module | None, heads: Tensor) -> Tensor:
 def is_hooked(module: nn.Module) -> bool:
     """Return whether forward hooks, or a replaced forward, see or change the module's calls."""
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+
+
+def linear_map(layer: nn.Module) -> Affine | None:
+    """Return the map of an nn.Linear, or None if it has no readable weight or is another layer."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        return None
+    weight = layer.weight
+    is_quantised = hasattr(weight, "__tensor_flatten__")  # the protocol of wrapper subclasses
+    return None if is_quantised or is_hooked(layer) else Affine(weight, layer.bias)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -171,12 +171,12 @@ def ran(output):
 def test_a_run_with_a_wrong_result_a_timeout_and_a_compile_failure_goes_on(started, tmp_path):
     out = tmp_path / "out"
     assert outcomes(started("tests", "device")[1]) == {"tests/device": "passed"}
-    status, output = started("tests", "--limit", "15")  # a process takes seconds to begin
+    status, output = started("tests", "--limit", "10")  # a process takes seconds to begin
     assert ran(output) == ["tests/accuracy", "tests/compiler", "tests/tower"]
     expected = {
         "tests/device": "passed",
         "tests/accuracy": f"{FAILED} 1",
-        "tests/compiler": "failed: interrupted after 15 s",
+        "tests/compiler": "failed: interrupted after 10 s",
         "tests/tower": "passed",
     }
     assert (status, outcomes(output)) == (1, expected)

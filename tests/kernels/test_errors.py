@@ -11,7 +11,7 @@ import torch
 import elip_kernels
 import elip_models
 from elip_models.api import is_reduced
-from elip_models.strategies.elip import ELIPOptions
+from elip_models.strategies.elip_options import ELIPOptions
 from tests.helpers.argument_cases import TABLE
 from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.towers import SCHEDULE, plain_vit

@@ -6,7 +6,7 @@ from elip_kernels._triton import HAS_TRITON
 from tests.helpers.interpreter import check_passes, file
 
 SMALL = [f"{file('traffic')}::test_each_byte_moves_once", f"{file('reduce_kernel')}::test_masks"]
-HALF = [file(name) for name in ("reduce_kernel", "traffic")]
+HALF = [file(name) for name in ("reduce_kernel", "traffic", "randomised")]
 
 pytestmark = pytest.mark.skipif(
     not HAS_TRITON, reason="triton is absent, so there is no kernel to interpret"
@@ -19,10 +19,5 @@ def test_kernels_under_the_interpreter():
 
 
 @pytest.mark.slow
-def test_accesses_under_the_interpreter():
+def test_accesses_and_random_cases_under_the_interpreter():
     check_passes(*HALF)
-
-
-@pytest.mark.slow
-def test_random_cases_under_the_interpreter():
-    check_passes(file("randomised"))

@@ -3,10 +3,10 @@
 import pytest
 
 from elip_kernels._triton import HAS_TRITON
-from tests.helpers.interpreter import FOLDER, check_passes, file
+from tests.helpers.interpreter import FOLDER, check_passes
 from tests.kernels.test_interpreter import HALF
 
-OTHERS = sorted({str(path) for path in FOLDER.glob("test_*.py")} - {*HALF, file("randomised")})
+OTHERS = sorted({str(path) for path in FOLDER.glob("test_*.py")} - {*HALF})
 
 
 @pytest.mark.slow

@@ -76,12 +76,13 @@ def from_folder_or(model, load, name, **options):
 
 
 @pytest.fixture
-def small_models(monkeypatch):
+def small_models(monkeypatch, page):
     """Make timm create models without downloads, and this library its tiny models."""
     create_timm_model, create_own_model = timm.create_model, elip_models.create_model
+    sizes = {"depth": 3} if page.name == "serve.md" else {}  # whose blocks are traced twice
 
     def without_weights(name, pretrained=False, **options):
-        return create_timm_model(name, **options)
+        return create_timm_model(name, **sizes | options)
 
     def tiny(name, **options):
         return create_own_model(f"elip_{name.split('_')[1]}_tiny", **options)

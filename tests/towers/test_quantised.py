@@ -17,7 +17,7 @@ from torchao.quantization import (
 )
 
 import elip_models
-from elip_models.towers.wrapped_modules import through_transpose
+from elip_models.towers.hf_image_text import through_transpose
 from tests.helpers.models import ROTARY, TOWERS, hf_clip, ids, output, output_of_guided_pair
 from tests.helpers.strategies import WITHOUT_TEXT as STRATEGIES
 from tests.helpers.tiers import tiered

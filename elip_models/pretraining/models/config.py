@@ -9,7 +9,8 @@ from torch import nn
 
 from elip_models.pretraining.models.layers.text_reduction import TextReduction, TextStrategy
 from elip_models.strategies.dense import Dense
-from elip_models.strategies.elip import ELIP, ELIPOptions
+from elip_models.strategies.elip import ELIP
+from elip_models.strategies.elip_options import ELIPOptions
 from elip_models.strategies.schedule import Schedule
 from elip_models.strategies.scorers import ScorerName
 from elip_models.strategies.serialization import settings_of

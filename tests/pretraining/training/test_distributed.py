@@ -1,14 +1,17 @@
-"""Two processes with FSDP2 and DDP give the results of one process; all cases share one pair."""
+"""Two processes with FSDP2 and DDP give the results of one process; all cases share one pair.
+
+Runs that shard train like replicated ones, and resume exactly.
+"""
 
 import pytest
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import elip_models
-from tests.helpers import cross_modal_cases, ddp_cases, fsdp_cases, two_processes
+from tests.helpers import cross_modal_cases, ddp_cases, fsdp_cases, sharded_cases, two_processes
 from tests.helpers.towers import SCHEDULE, images, plain_vit
 
-MODULES = [ddp_cases, fsdp_cases, cross_modal_cases]
+MODULES = [ddp_cases, fsdp_cases, cross_modal_cases, sharded_cases]
 CASES = [case for module in MODULES for case in module.CASES]
 
 

@@ -1,4 +1,4 @@
-"""`optim.shard`: FSDP2 trains like DistributedDataParallel and resumes exactly, or raises."""
+"""`optim.shard` raises where it is not supported; `test_distributed.py` has runs that shard."""
 
 import pytest
 
@@ -6,24 +6,7 @@ from elip_models.pretraining.training.recipe import load_recipe
 from elip_models.pretraining.training.sharded import check_sharding
 from elip_models.pretraining.training.trainer import train
 from elip_models.validation import ConfigError
-from tests.helpers import sharded_cases, two_processes
 from tests.helpers.tiny_run import tiny_config
-
-
-@pytest.fixture(scope="module")
-def failed(request, tmp_path_factory):
-    """Return the failures of each case that this session has collected."""
-    tests = [test for test in request.session.items if "failed" in test.fixturenames]
-    names = [test.callspec.params["case"] for test in tests if test.module is request.module]
-    folder = tmp_path_factory.mktemp("two_processes")
-    return two_processes.run([sharded_cases.__name__], names, folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", sharded_cases.CASES)
-def test_sharded_runs_equal_replicated_ones(failed, case):
-    assert not failed[case], failed[case]
-
 
 UNSUPPORTED = [
     ("albef_tiny", "seed=0", "the momentum encoders of ALBEF"),
