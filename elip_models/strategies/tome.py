@@ -89,7 +89,7 @@ class ToMe(Strategy):
             if len(r) != depth:
                 raise ValueError(f"r: expected {depth} numbers, one a block, got {len(r)}")
             return r
-        total = round(r * depth * size.num_patches) if isinstance(r, float) else r * depth
+        total = floor(r * depth * size.num_patches + 0.5) if isinstance(r, float) else r * depth
         slope = self.decrease / max(depth - 1, 1)
         bounds = [floor(total * i / depth * (1 + slope * (depth - i))) for i in range(depth + 1)]
         return tuple(b - a for a, b in pairwise(bounds))
