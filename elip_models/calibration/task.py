@@ -1,0 +1,91 @@
+"""What a model is judged by: its outputs for images, and measures of these outputs.
+
+A task runs a model, dense or reduced, on some of its images, and returns outputs that are stored.
+From stored outputs it computes measures, as rows of totals: one row an image, so that differences
+between models are paired by image, and an interval resamples images.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+Outputs = dict[str, Tensor]
+"""What a model returned for images, by name; the first dimension counts the images."""
+
+
+class Part(NamedTuple):
+    """Images of a task, and what two models returned for them.
+
+    Attributes:
+        images: the numbers of the images, ascending.
+        outputs: of the model that is measured, row i for `images[i]`.
+        dense: of the dense model, likewise; the same object where the dense model is measured.
+    """
+
+    images: Sequence[int]
+    outputs: Outputs
+    dense: Outputs
+
+
+class Measure(NamedTuple):
+    """A number between 0 and 1 that is larger for a better model.
+
+    Attributes:
+        rows: (n, V) float64, the totals of each image.
+        statistic: maps sums over images (R, V) to the measure (R,).
+    """
+
+    rows: np.ndarray
+    statistic: Callable[[np.ndarray], np.ndarray]
+
+
+def ratio(totals: np.ndarray) -> np.ndarray:
+    """Return (R,) the first total (R, 2) divided by the second: right examples of all examples."""
+    return totals[:, 0] / totals[:, 1]
+
+
+class Task(ABC):
+    """A task on images 0 .. `count` - 1, whose outputs can be computed in any order.
+
+    Attributes:
+        name: of the option `--task`.
+        measures: names of the measures; the first decides, the others are reported.
+    """
+
+    name: ClassVar[str]
+    measures: ClassVar[tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Return the number of images, of which each is in one part."""
+
+    @abstractmethod
+    def outputs(
+        self, model: nn.Module, images: Sequence[int], advance: Callable[[int], object]
+    ) -> Outputs:
+        """Return what the measures need, on the CPU.
+
+        Args:
+            model: dense or reduced, in eval mode.
+            images: numbers of images, ascending.
+            advance: is called with the number of images of each batch.
+        """
+
+    @abstractmethod
+    def measured(self, chosen_on: Part, held_back: Part | None = None) -> dict[str, Measure]:
+        """Return each of `measures` of the images held back, or of the others where it is None.
+
+        What is fitted, is fitted on `chosen_on` alone. Where that is measured itself, each image is
+        measured by what was fitted on images of other folds.
+        """
+
+    def groups(self) -> Sequence[int] | None:
+        """Return a number for each image that is equal for images of one class, or None.
+
+        The parts have the same shares of all groups.
+        """
+        return None
