@@ -7,10 +7,12 @@ between models are paired by image, and an interval resamples images.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
+
+from elip_models.profiling.measure import Step
 
 Outputs = dict[str, Tensor]
 """What a model returned for images, by name; the first dimension counts the images."""
@@ -56,7 +58,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    measures: ClassVar[tuple[str, ...]]
+    measures: tuple[str, ...]
 
     @property
     @abstractmethod
@@ -82,6 +84,30 @@ class Task(ABC):
         What is fitted, is fitted on `chosen_on` alone. Where that is measured itself, each image is
         measured by what was fitted on images of other folds.
         """
+
+    @abstractmethod
+    def steps(self, model: nn.Module, images: Sequence[int]) -> dict[str, Step]:
+        """Return functions that run the model on a batch of these images, which are timed.
+
+        A task with one such function calls it "". Of several, the first decides.
+        """
+
+    def answers(self, images: Sequence[int], outputs: Outputs) -> list[str] | None:
+        """Return in words what a model answered for the images, or None if it is no answer.
+
+        Args:
+            images: numbers of images.
+            outputs: of the model, row i for `images[i]`.
+        """
+        return None
+
+    def truths(self, images: Sequence[int]) -> list[str] | None:
+        """Return in words the right answer for each image, or None if there is none."""
+        return None
+
+    def contents(self) -> dict[str, Any]:
+        """Return as plain JSON what the outputs depend on beside the model and the images."""
+        return {}
 
     def groups(self) -> Sequence[int] | None:
         """Return a number for each image that is equal for images of one class, or None.
