@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from elip_models.calibration.candidates import Candidates, TowerCandidates
 from elip_models.profiling.measure import Step
 
 Outputs = dict[str, Tensor]
@@ -105,8 +106,12 @@ class Task(ABC):
         """Return in words the right answer for each image, or None if there is none."""
         return None
 
+    def candidates(self, model: nn.Module, *, class_token_only: bool = False) -> Candidates:
+        """Return the settings that are tried; those of the image tower, unless overridden."""
+        return TowerCandidates(model, class_token_only=class_token_only)
+
     def contents(self) -> dict[str, Any]:
-        """Return as plain JSON what the outputs depend on beside the model and the images."""
+        """Return as plain JSON what the outputs depend on beside the model, in any run."""
         return {}
 
     def groups(self) -> Sequence[int] | None:
