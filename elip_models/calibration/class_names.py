@@ -103,6 +103,15 @@ def _synonyms(text: str) -> tuple[str, ...]:
     return parts if len(parts) == 1 else (*parts, text)
 
 
+def known_labels(labels: Sequence[str], classes: Sequence[tuple[str, ...]]) -> bool:
+    """Return whether most labels name classes of a head, or number all of them."""
+    known = {_plain(name) for synonyms in classes for name in synonyms}
+    numbers = {str(i) for i in range(len(classes))}
+    return 2 * sum(_plain(label) in known for label in labels) > len(labels) or (
+        set(labels) == numbers
+    )
+
+
 def class_numbers(labels: Sequence[str], classes: Sequence[tuple[str, ...]]) -> dict[str, int]:
     """Return the number in the head of each class that a label names.
 

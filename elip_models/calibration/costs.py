@@ -30,6 +30,12 @@ class Cost(NamedTuple):
     time: dict[str, float]
     memory: float | None
 
+    @property
+    def deciding(self) -> float:
+        """Return the time of the first step at the largest batch."""
+        largest = max(int(key.split()[0]) for key in self.time)
+        return next(time for key, time in self.time.items() if key.split()[0] == str(largest))
+
 
 def measured_costs(
     task: Task,

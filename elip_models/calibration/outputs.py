@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from elip_models.calibration.task import Outputs, Task
-from elip_models.saving.files import read_state, write_tensors
+from elip_models.saving.files import read_state, write_json, write_tensors
 
 PORTION = 64
 """Images between two looks at the clock, at least."""
 SAVE_SECONDS = 20
+MARKER, OUTPUTS = "run.json", "outputs"
+"""In the folder: what the first outputs were of, and the folder of all outputs."""
 IMAGES = "images"
 """The tensor with the numbers of the images."""
 
@@ -104,10 +106,15 @@ class StoredOutputs:
             }
             is_last = first + self.portion >= len(missing)
             if self.folder is not None and (is_last or time.monotonic() > saved + SAVE_SECONDS):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_tensors(self._path(file[0]), stored, {"of": file[1]})
+                self._write(file, stored)
                 saved = time.monotonic()
         return stored
+
+    def _write(self, file: tuple[str, dict[str, Any]], stored: Outputs) -> None:
+        (self.folder / OUTPUTS).mkdir(parents=True, exist_ok=True)
+        if not (self.folder / MARKER).exists():
+            write_json(self.folder / MARKER, self.origin)
+        write_tensors(self._path(file[0]), stored, {"of": file[1]})
 
     def _read(self, digest: str) -> dict[str, Tensor]:
         """Return what is stored, or nothing; ValueError for a file that is damaged."""
@@ -121,7 +128,7 @@ class StoredOutputs:
             raise ValueError(f"folder: {error!s:.300}; remove the file to run again") from error
 
     def _path(self, digest: str) -> Path:
-        return self.folder / f"{digest[:32]}.safetensors"
+        return self.folder / OUTPUTS / f"{digest[:32]}.safetensors"
 
 
 def _duration(seconds: float) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from elip_models.analysis.model_features import Function, image_features, text_features
 from elip_models.api import reduce_, strategies_in, unreduce_
 from elip_models.embedding.preprocessing import Preprocessing, preprocessing_of
+from elip_models.profiling.measure import device_named
 from elip_models.profiling.workload import shared_copy
 from elip_models.saving.dense_models import OPEN_CLIP_CONFIG, NewPartsWarning
 from elip_models.saving.files import tensors_sha256
@@ -151,14 +152,8 @@ def open_encoder(
     features, feature = image_features(model, new_parts)
     preprocessing = preprocessing_of(model, preprocess)
     weights = tensors_sha256(model.state_dict())
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device).cpu()  # raises for the device 'meta'
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(
-            f"device: expected one of this machine, such as 'cuda:1' or 'cpu', got "
-            f"{str(device)!r}: {error!s:.200}"
-        ) from error
+    with as_config_error("device", inner="device"):
+        device = device_named(device)
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision not in DTYPES:
