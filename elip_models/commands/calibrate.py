@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 MARKER = "run.json"
 """The file that a run writes first, see `calibration/outputs.py`."""
 DTYPES = ("fp32", "bf16", "fp16")
-OTHER_NAMES = {"folder": "--output", "strategy": "--compare", "keep": "--compare"}
-"""Argument of a function that the command calls -> option."""
 BEST, REPORT, DISTILLED = "best.json", "report.html", "distilled"
 ADVICE = (
     "The cosine and the neighbours of features describe a change; they do not tell what a task "
@@ -87,13 +85,11 @@ def calibrate(
         Path, typer.Option(help="Folder for the report and the choice; a stopped run goes on.")
     ] = Path("calibrated"),
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
-    metric: Annotated[str | None, typer.Option(hidden=True)] = None,
+    metric: Annotated[str | None, typer.Option(help="Former name of --task.")] = None,
 ) -> None:
     """Find the fastest reduction whose loss by your own measure is within a tolerance."""
     console = Console(stderr=True)
-    if metric is not None:
-        _print(console, "--metric is now --task")
-        task = metric
+    task = task or metric
     loss = _own_function(task) if task is not None and ":" in task else None
     if loss is None and task not in (None, *TASKS):
         raise ConfigError(
@@ -108,7 +104,7 @@ def calibrate(
     options |= {"batch_size": batch_size, "compile": compile, "every": every}
     options |= {"class_token_only": class_token_only}
     with locked_folder(output, "--output", marker=MARKER):
-        with as_option_error(calibrate, **OTHER_NAMES):
+        with as_option_error(calibrate, folder="--output"):
             prepared = prepare(
                 model,
                 images,

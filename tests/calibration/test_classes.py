@@ -117,7 +117,9 @@ def test_a_head_of_few_classes_has_no_top_5():
 def test_a_head_that_is_right_by_chance_is_an_error():
     task = Head(images(8), torch.ones(8).long(), classes=list("abcde"))
     outputs = {"top": torch.zeros(8, 5, dtype=torch.int32)}
-    with pytest.raises(ValueError, match=r"labels: expected classes that the head tells apart, got"):
+    with pytest.raises(
+        ValueError, match=r"labels: expected classes that the head tells apart, got"
+    ):
         task.measured(Part(range(8), outputs, outputs))
 
 

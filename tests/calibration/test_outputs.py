@@ -14,7 +14,9 @@ class Counted(Cosine):
     ran, stop_at = 0, None
 
     def __init__(self, count=12):
-        super().__init__(torch.arange(count * 12.0).view(count, 3, 2, 2), features=None, batch_size=3)
+        super().__init__(
+            torch.arange(count * 12.0).view(count, 3, 2, 2), features=None, batch_size=3
+        )
 
     def forward(self, model, pixels):
         self.ran += len(pixels)
