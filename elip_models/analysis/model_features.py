@@ -1,14 +1,17 @@
 """The feature of an image, or of a text, that a model of any library embeds it as."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_models.analysis.feature_measures import output_feature
-from elip_models.towers import SelfReducingModel, library_of
+from elip_models.towers import SelfReducingModel, as_image_text, library_of
 from elip_models.validation import ConfigError
 
+TEXTS = 64  # in a batch
 Function = Callable[[nn.Module, Tensor], Tensor]
 """A model and images (B, 3, H, W) -> features (B, D)."""
 
@@ -65,6 +68,27 @@ def text_features(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
         return model.get_text_features(**tokens).pooler_output
     text = model.text_encoder(**tokens).last_hidden_state
     return F.normalize(model.text_proj(text[:, 0]), dim=-1)
+
+
+@torch.no_grad()
+def encode_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Return normalised features (n, E) fp32 of texts, in the space of `image_features`.
+
+    Raises:
+        TypeError: the model embeds no texts.
+    """
+    image_text = model if isinstance(model, SelfReducingModel) else as_image_text(model)
+    if image_text is None:
+        raise TypeError(
+            f"model: expected an image-text model, which embeds texts, got a "
+            f"{type(model).__name__}; take a CLIP or SigLIP, or another task"
+        )
+    device, features = next(model.parameters()).device, []
+    for first in range(0, len(texts), TEXTS):
+        tokens = image_text.tokenise(tokenizer, texts[first : first + TEXTS])
+        tokens = {name: ids.to(device) for name, ids in tokens.items()}
+        features.append(F.normalize(text_features(model, tokens).float(), dim=-1))
+    return torch.cat(features)
 
 
 def _blip_features(model: nn.Module, pixels: Tensor) -> Tensor:

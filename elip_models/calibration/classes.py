@@ -17,17 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elip_models.analysis.model_features import Function, image_features, text_features
+from elip_models.analysis.model_features import Function, encode_texts, image_features
 from elip_models.calibration.class_names import Template, prompt_templates
 from elip_models.calibration.images import ImageTask
 from elip_models.calibration.linear_probe import LinearProbe
 from elip_models.calibration.task import Measure, Outputs, Part, ratio
-from elip_models.towers import SelfReducingModel, as_image_text
 from elip_models.validation import shortened
 
 TOP = 5
 FOLDS = 5
-TEXTS = 64  # in a batch
 TOP1, OWN = "top-1", "top-1, own probe"
 
 
@@ -165,23 +163,10 @@ class ZeroShot(TopTask):
         return features @ self.of_classes.to(features.device).T
 
 
-@torch.no_grad()
 def class_features(model: nn.Module, tokenizer: object, texts: Sequence[Sequence[str]]) -> Tensor:
     """Return (C, E) the normalised mean features of the texts of each class."""
-    flat = [text for of_class in texts for text in of_class]
-    image_text = model if isinstance(model, SelfReducingModel) else as_image_text(model)
-    if image_text is None:
-        raise TypeError(
-            f"model: expected an image-text model, which embeds the names of classes, got a "
-            f"{type(model).__name__}; pass --task probe"
-        )
-    device, features = next(model.parameters()).device, []
-    for first in range(0, len(flat), TEXTS):
-        tokens = image_text.tokenise(tokenizer, flat[first : first + TEXTS])
-        tokens = {name: ids.to(device) for name, ids in tokens.items()}
-        features.append(F.normalize(text_features(model, tokens).float(), dim=-1))
-    mean = torch.cat(features).unflatten(0, (len(texts), -1)).mean(1)
-    return F.normalize(mean, dim=-1)
+    features = encode_texts(model, tokenizer, [text for of_class in texts for text in of_class])
+    return F.normalize(features.unflatten(0, (len(texts), -1)).mean(1), dim=-1)
 
 
 class Probe(ClassTask):
