@@ -5,7 +5,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from elip_models.commands.calibration_task import FEATURE_TASKS, TASKS, prepare
+from elip_models.commands.calibration_task import TASKS, TASKS_OF, Opening, Source, prepare
 from elip_models.commands.image_folder import as_option_error
 from elip_models.saving.locked_folder import locked_folder
 from elip_models.validation import ConfigError, did_you_mean, require_extra, shortened
@@ -25,7 +25,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 BEST, REPORT, DISTILLED = "best.json", "report.html", "distilled"
 ADVICE = (
     "The cosine and the neighbours of features describe a change; they do not tell what a task "
-    "loses. If your images have classes, --labels judges by a task."
+    "loses. --labels, --captions or --masks judge by a task."
 )
 
 
@@ -47,6 +47,14 @@ def calibrate(
             help="Classes of the images: 'folders' if each class has a folder, or a CSV file of "
             "lines image,label."
         ),
+    ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(help="CSV file of lines image,caption, or JSON rows: judge by retrieval."),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a PNG of class indices for each image: judge by mIoU."),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="Largest loss: 0.01 is one point of accuracy, or of the measure.")
@@ -106,19 +114,17 @@ def calibrate(
     with locked_folder(output, "--output", marker=MARKER):
         with as_option_error(calibrate, folder="--output"):
             prepared = prepare(
-                model,
-                images,
+                Opening(model, pretrained, device),
+                Source(images, labels, captions, masks),
                 loss or task,
-                labels=labels,
                 count=count,
                 seed=seed,
                 batch_size=batch_size,
-                opening={"pretrained": pretrained, "device": device},
                 console=console,
             )
             results = _run(prepared, model, output, dtype, options, console)
         results.save(output)
-    if prepared.task.name in FEATURE_TASKS:
+    if prepared.task.name in TASKS_OF[None]:
         _print(console, ADVICE)
     _print(Console(), f"{results.table()}\n{results.sentence()}")
     if not results.confirmed:

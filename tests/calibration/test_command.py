@@ -50,7 +50,7 @@ def test_a_classifier_is_judged_by_its_head(made, tmp_path, capsys):
     options = "--output", tmp_path / "out", "--tolerance", 1, "--labels", "folders"
     assert elip(*arguments(made, *options)) == 0
     shown = capsys.readouterr()
-    assert "task: head, since the model's head has 6 classes" in shown.err
+    assert "task: head, since the labels are among the 6 classes of the model's head" in shown.err
     assert "1 of 41 images were not read" in shown.err
     assert {"best.json", "results.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
     results = json.loads((tmp_path / "out" / "results.json").read_text())
