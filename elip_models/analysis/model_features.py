@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elip_models.analysis.feature_measures import output_feature
-from elip_models.towers import SelfReducingModel, as_image_text, library_of
+from elip_models.towers import (
+    SelfReducingModel,
+    as_image_text,
+    as_reducible,
+    as_tower,
+    library_of,
+)
 from elip_models.validation import ConfigError
 
 TEXTS = 64  # in a batch
@@ -56,6 +62,42 @@ def image_features(model: nn.Module, new_parts: Sequence[str] = ()) -> tuple[Fun
         name = "class token of last_hidden_state"
         return (lambda model, x: model(pixel_values=x).last_hidden_state[:, 0]), name
     return (lambda model, x: output_feature(model(pixel_values=x))), "pooled output"
+
+
+def patch_features(model: nn.Module) -> Function:
+    """Return the function that gives the feature of each patch (B, P, D), also of reduced models.
+
+    A merged token fills the positions of all its patches; that of a dropped one is zero.
+
+    Raises:
+        TypeError: the model has no such features.
+    """
+    if library_of(as_reducible(model).image_model) not in ("timm", "open_clip", "transformers"):
+        raise TypeError(
+            "model: expected one of timm, open_clip or transformers, which returns the features of "
+            f"patches, got a {type(model).__name__}"
+        )
+    return _patch_features
+
+
+def _patch_features(model: nn.Module, pixels: Tensor) -> Tensor:
+    image_model = as_reducible(model).image_model
+    tower = as_tower(image_model)
+    if library_of(tower.model) == "transformers":
+        output = image_model(pixel_values=pixels, output_hidden_states=True)
+        tokens = output.get("last_hidden_state")
+        if tokens is None:
+            raise TypeError(
+                "model: expected one that returns last_hidden_state, such as AutoModel opens, got "
+                f"a {type(image_model).__name__}"
+            )
+    elif library_of(tower.model) == "open_clip":
+        options = {"output_fmt": "NLC", "normalize_intermediates": True}
+        output = tower.model.forward_intermediates(pixels, indices=1, **options)
+        return output["image_intermediates"][0]
+    else:
+        tokens, _ = tower.model.forward_intermediates(pixels, indices=1)
+    return tokens[:, tower.num_prefix_tokens :]
 
 
 def text_features(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:

@@ -78,7 +78,7 @@ class TopTask(ClassTask):
 
     reader: ClassVar[str]
 
-    def kept(self, computed: Tensor) -> Outputs:
+    def kept(self, computed: Tensor, numbers: Sequence[int]) -> Outputs:
         top = computed.topk(min(TOP, computed.shape[1]), dim=1).indices
         return {"top": top.to(torch.int32)}
 

@@ -38,8 +38,8 @@ class ImageTask(Task):
     def forward(self, model: nn.Module, pixels: Tensor) -> Tensor:
         """Return what the model computes for images (B, 3, H, W), as floats (B, ..)."""
 
-    def kept(self, computed: Tensor) -> Outputs:
-        """Return what is stored of the result of `forward`."""
+    def kept(self, computed: Tensor, numbers: Sequence[int]) -> Outputs:
+        """Return what is stored of the result of `forward` for the images of these numbers."""
         return {"features": computed.float()}
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class ImageTask(Task):
             numbers = images[first : first + self.batch_size]
             computed = self.forward(model, self.pixels(model, numbers))
             self._check_finite(computed, numbers)
-            kept.append({name: value.cpu() for name, value in self.kept(computed).items()})
+            kept.append({name: value.cpu() for name, value in self.kept(computed, numbers).items()})
             advance(len(numbers))
         return {name: torch.cat([batch[name] for batch in kept]) for name in kept[0]}
 

@@ -52,10 +52,14 @@ class LinearProbe(NamedTuple):
             optimizer.step(loss)
         return cls(mean, deviation, weight.detach(), bias.detach())
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Return (n, C) fp64 of features (n, D)."""
+        scaled = (features.double() - self.mean) / self.deviation
+        return F.linear(scaled, self.weight, self.bias)
+
     def predict(self, features: Tensor) -> Tensor:
         """Return (n,) int64 the most likely class of features (n, D)."""
-        scaled = (features.double() - self.mean) / self.deviation
-        return F.linear(scaled, self.weight, self.bias).argmax(1)
+        return self.logits(features).argmax(1)
 
     def correct(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return (n,) ones where the most likely class is that of `labels`, else zeros."""

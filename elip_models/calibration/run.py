@@ -59,6 +59,7 @@ class Run:
         self.batch_sizes = sorted({1, min(batch_size, len(self.parts.chosen_on))})
         self.folder = None if folder is None else Path(folder)
         progress("the weights and the images")
+        task.fit(model, self.parts.chosen_on)
         origin = {}
         if self.folder is not None:
             origin = {"task": task.name, "contents": task.contents(), "version": __version__}

@@ -66,6 +66,13 @@ class Task(ABC):
     def count(self) -> int:
         """Return the number of images, of which each is in one part."""
 
+    def fit(self, model: nn.Module, chosen_on: Sequence[int]) -> None:
+        """Fit what the outputs need on the dense model and the images that choose.
+
+        It is called once, before anything else but `count` and `groups`.
+        """
+        return None
+
     @abstractmethod
     def outputs(
         self, model: nn.Module, images: Sequence[int], advance: Callable[[int], object]
