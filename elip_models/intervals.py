@@ -3,7 +3,8 @@
 Examples that share an image are not independent: captions, or questions about it. They form a
 cluster. A draw of the bootstrap has as many clusters as the data, drawn with replacement; its mean
 is the mean over all examples of these clusters. If no draw differs, as at 0% and 100%, scores in
-[0, 1] have the Wilson interval, with the number of clusters as the number of trials.
+[0, 1] have the Wilson interval, with the number of clusters as the number of trials. The difference
+of two shares of the same trials has an interval of its own, see `paired_interval`.
 
 `scipy.stats.bootstrap` is the oracle of the tests. It is not used here, since the core does without
 scipy, and since it draws each example: equal clusters are drawn together here, as a multinomial
@@ -77,6 +78,25 @@ def wilson_interval(share: float, count: float) -> Interval:
     centre = (count * share + z**2 / 2) / total
     half = z * (count * share * (1 - share) + z**2 / 4) ** 0.5 / total
     return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
+
+
+def paired_interval(gains: int, losses: int, count: int) -> Interval:
+    """Return the interval of the difference of two shares of the same trials.
+
+    It is the adjusted Wald interval of Bonett and Price (2012), Adjusted Wald Confidence Interval
+    for a Difference of Binomial Proportions Based on Paired Data. It holds its level when few
+    trials differ, unlike the bootstrap.
+
+    Args:
+        gains: the trials that succeed in the first share alone.
+        losses: the trials that succeed in the second share alone.
+        count: all trials.
+    """
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    gained, lost, total = (gains + 1) / (count + 2), (losses + 1) / (count + 2), count + 2
+    centre = gained - lost
+    half = z * ((gained + lost - centre**2) / total) ** 0.5
+    return Interval((gains - losses) / count, max(-1.0, centre - half), min(1.0, centre + half))
 
 
 def _mean_over_clusters(

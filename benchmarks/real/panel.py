@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +24,7 @@ from benchmarks.real import dinov2, materials
 from benchmarks.real.features import Setting, features, read_settings
 from benchmarks.real.measures import fitted_probe, knn_correct
 from benchmarks.real.tasks import KNN, OWN, PACKAGES, TITLE, TOP1
-from elip_models.intervals import LEVEL, Interval
+from elip_models.intervals import paired_interval
 from elip_models.saving.files import write_json
 from elip_models.validation import check_output
 
@@ -159,25 +158,6 @@ def packed(correct: Tensor) -> str:
     """Return ones and zeros (n,), read as one binary number, in hexadecimal digits."""
     bits = "".join(str(int(each)) for each in correct.tolist())
     return f"{int(bits, 2):0{-(-len(bits) // 4)}x}"
-
-
-def paired_interval(gains: int, losses: int, count: int) -> Interval:
-    """Return the interval of the difference of two shares of the same trials.
-
-    It is the adjusted Wald interval of Bonett and Price (2012), Adjusted Wald Confidence Interval
-    for a Difference of Binomial Proportions Based on Paired Data. It holds its level when few
-    trials differ, unlike the bootstrap.
-
-    Args:
-        gains: the trials that succeed in the first share alone.
-        losses: the trials that succeed in the second share alone.
-        count: all trials.
-    """
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    gained, lost, total = (gains + 1) / (count + 2), (losses + 1) / (count + 2), count + 2
-    centre = gained - lost
-    half = z * ((gained + lost - centre**2) / total) ** 0.5
-    return Interval((gains - losses) / count, max(-1.0, centre - half), min(1.0, centre + half))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

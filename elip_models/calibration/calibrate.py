@@ -11,9 +11,9 @@ them is the choice. It is measured once on the second half, and that is the loss
 """
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def calibrate(
     time: bool = True,
     distill: int = 0,
     save: Callable[[nn.Module], object] = nothing,
-    folder: str | Path | None = None,
+    folder: str | os.PathLike | None = None,
     names: Sequence[str] | None = None,
     progress: Callable[[str], object] = nothing,
     announce: Callable[[str], object] = nothing,
@@ -127,7 +127,9 @@ def calibrate(
         check(name, flag, bool)
     batch_size = check("batch_size", batch_size, PositiveInt)
     distill, seed = check("distill", distill, Count), check("seed", seed, Count)
-    for name, texts in (("strategies", strategies), ("compare", compare)):
+    check("dtype", dtype, torch.dtype | None)
+    check("folder", folder, str | os.PathLike | None)
+    for name, texts in (("strategies", strategies), ("compare", compare), ("names", names)):
         _check_texts(name, texts)
     check_module(model, images, "calibrate")
     if is_reduced(model):
@@ -141,6 +143,8 @@ def calibrate(
         task = _task(original, images, labels, task, batch_size)
     is_other = dtype not in (None, next(original.parameters()).dtype)
     measured = copy.deepcopy(original).to(dtype) if is_other else original
+    if names is not None and len(names) != task.count:
+        raise ValueError(f"names: expected {task.count}, one an image, got {len(names)}")
     run = Run(
         measured,
         task,

@@ -13,7 +13,7 @@ from elip_models.strategies.serialization import settings_of
 from elip_models.strategies.spec import fit_strategy, get_strategy, option_types, parse_spec
 from elip_models.strategies.strategy import Strategy
 from elip_models.towers import as_reducible, as_tower
-from elip_models.validation import shortened
+from elip_models.validation import as_config_error, shortened
 
 LEFT_OUT = ("trips", "random")  # needs a text; a control
 STRATEGIES = tuple(
@@ -77,7 +77,7 @@ class Candidates(Protocol):
         """
 
 
-class TowerCandidates:
+class TowerCandidates(Candidates):
     """The settings of the strategies of an image tower.
 
     Args:
@@ -136,7 +136,8 @@ class TowerCandidates:
                 "compare: expected a strategy and its keep, such as 'evit 0.7', got "
                 f"{shortened(text)}"
             )
-        return self._candidate(fit_strategy(get_strategy(name), self.tower, keep))
+        with as_config_error("compare", inner="strategy"):
+            return self._candidate(fit_strategy(get_strategy(name), self.tower, keep))
 
     def _at_share(self, strategy: Strategy, share: float) -> Candidate:
         """Return the setting whose FLOPs are nearest to a share of the dense ones."""

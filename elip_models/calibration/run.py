@@ -1,6 +1,7 @@
 """What a calibration measures on its two parts of the images: outputs, differences, times."""
 
 import copy
+import os
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,7 +47,7 @@ class Run:
         tolerance: float,
         *,
         seed: int,
-        folder: str | Path | None,
+        folder: str | os.PathLike | None,
         progress: Callable[[str], object],
         batch_size: int,
     ) -> None:

@@ -5,7 +5,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from elip_models.commands.calibration_task import FEATURE_TASKS, TASKS, prepare
+from elip_models.commands.calibration_task import TASKS, TASKS_OF, Opening, Source, prepare
 from elip_models.commands.image_folder import as_option_error
 from elip_models.saving.locked_folder import locked_folder
 from elip_models.validation import ConfigError, did_you_mean, require_extra, shortened
@@ -22,12 +22,10 @@ if TYPE_CHECKING:
 MARKER = "run.json"
 """The file that a run writes first, see `calibration/outputs.py`."""
 DTYPES = ("fp32", "bf16", "fp16")
-OTHER_NAMES = {"folder": "--output", "strategy": "--compare", "keep": "--compare"}
-"""Argument of a function that the command calls -> option."""
 BEST, REPORT, DISTILLED = "best.json", "report.html", "distilled"
 ADVICE = (
     "The cosine and the neighbours of features describe a change; they do not tell what a task "
-    "loses. If your images have classes, --labels judges by a task."
+    "loses. --labels, --captions or --masks judge by a task."
 )
 
 
@@ -49,6 +47,14 @@ def calibrate(
             help="Classes of the images: 'folders' if each class has a folder, or a CSV file of "
             "lines image,label."
         ),
+    ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(help="CSV file of lines image,caption, or JSON rows: judge by retrieval."),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a PNG of class indices for each image: judge by mIoU."),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="Largest loss: 0.01 is one point of accuracy, or of the measure.")
@@ -87,13 +93,11 @@ def calibrate(
         Path, typer.Option(help="Folder for the report and the choice; a stopped run goes on.")
     ] = Path("calibrated"),
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
-    metric: Annotated[str | None, typer.Option(hidden=True)] = None,
+    metric: Annotated[str | None, typer.Option(help="Former name of --task.")] = None,
 ) -> None:
     """Find the fastest reduction whose loss by your own measure is within a tolerance."""
     console = Console(stderr=True)
-    if metric is not None:
-        _print(console, "--metric is now --task")
-        task = metric
+    task = task or metric
     loss = _own_function(task) if task is not None and ":" in task else None
     if loss is None and task not in (None, *TASKS):
         raise ConfigError(
@@ -108,21 +112,19 @@ def calibrate(
     options |= {"batch_size": batch_size, "compile": compile, "every": every}
     options |= {"class_token_only": class_token_only}
     with locked_folder(output, "--output", marker=MARKER):
-        with as_option_error(calibrate, **OTHER_NAMES):
+        with as_option_error(calibrate, folder="--output"):
             prepared = prepare(
-                model,
-                images,
+                Opening(model, pretrained, device),
+                Source(images, labels, captions, masks),
                 loss or task,
-                labels=labels,
                 count=count,
                 seed=seed,
                 batch_size=batch_size,
-                opening={"pretrained": pretrained, "device": device},
                 console=console,
             )
             results = _run(prepared, model, output, dtype, options, console)
         results.save(output)
-    if prepared.task.name in FEATURE_TASKS:
+    if prepared.task.name in TASKS_OF[None]:
         _print(console, ADVICE)
     _print(Console(), f"{results.table()}\n{results.sentence()}")
     if not results.confirmed:

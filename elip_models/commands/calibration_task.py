@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from elip_models.commands.image_folder import image_files, open_with_images, readable, sample_files
-from elip_models.validation import ConfigError, require_extra, shortened
+from elip_models.validation import ConfigError, as_config_error, require_extra, shortened
 
 with require_extra("elip_models.commands"):
     from rich.console import Console
@@ -19,13 +19,38 @@ if TYPE_CHECKING:
     from elip_models.commands.image_folder import ImageFiles
 
 FOLDERS = "folders"
-CLASS_TASKS = ("head", "zero-shot", "probe", "own-probe")
-FEATURE_TASKS = ("cosine", "neighbours")
-TASKS = (*CLASS_TASKS, *FEATURE_TASKS)
+TASKS_OF = {
+    "labels": ("head", "zero-shot", "probe", "own-probe"),
+    "captions": ("retrieval",),
+    "masks": ("segmentation", "segmentation-probe"),
+    None: ("cosine", "neighbours"),
+}
+"""Option with the data -> the tasks that read them; None: those on images alone."""
+TASKS = tuple(task for tasks in TASKS_OF.values() for task in tasks)
+DATA_OF = {task: data for data, tasks in TASKS_OF.items() for task in tasks}
+WITH_HEAD = ("head", "segmentation")
+"""The tasks that read the output of the model's own head."""
 UNLABELLED, LABELLED = 200, 2000
 """Images by default."""
 KEPT_BYTES = 2**31  # of images in memory
 Loss = Callable[..., Any]
+
+
+class Source(NamedTuple):
+    """The images, and what the options say of them: at most one of the others is no None."""
+
+    images: Path
+    labels: str | None
+    captions: Path | None
+    masks: Path | None
+
+
+class Opening(NamedTuple):
+    """How the model is opened."""
+
+    spec: str
+    pretrained: bool
+    device: str | None
 
 
 class Prepared(NamedTuple):
@@ -37,61 +62,113 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    spec: str,
-    folder: Path,
+    opening: Opening,
+    source: Source,
     task: str | Loss | None,
     *,
-    labels: str | None,
     count: int | None,
     seed: int,
     batch_size: int,
-    opening: dict[str, Any],
     console: Console,
 ) -> Prepared:
     """Open the model, choose the task and read its images.
 
     Args:
-        spec: of the model.
-        folder: of the images.
+        opening: how the model is opened.
+        source: the images and their labels, captions or masks.
         task: a name of `TASKS`, a function of the user, or None for the one that model and data
             leave.
-        labels: 'folders', a CSV file, or None.
         count: of the images; None for the default of the task.
         seed: of the draw of images.
         batch_size: images in a batch.
-        opening: the options `pretrained` and `device` of `open_with_images`.
         console: where the choice is printed.
 
     Raises:
-        ConfigError: an option that does not fit the model or the data.
+        ConfigError, ValueError: an option that does not fit the model or the data.
     """
-    if labels is None and task in CLASS_TASKS:
-        labels = FOLDERS
-    if labels is not None and task is not None and task not in CLASS_TASKS:
-        raise ConfigError(
-            f"--labels: expected none with --task {shortened(task)}, which reads no classes, got "
-            f"{shortened(labels)}"
-        )
-    paths = image_files(folder)
-    classes = None if labels is None else read_classes(labels, folder, paths)
-    opening = opening | {"kept_bytes": KEPT_BYTES}
-    has_head = task == "head" or (task is None and classes is not None)
-    model, files = open_with_images(spec, paths, console, with_head=has_head, **opening)
-    model = _dense(model, console)
+    data, source = _data(source, task)
+    of_paths = _read(data, source)
+    paths = list(of_paths)
+    has_head = task in WITH_HEAD or (task is None and data in ("labels", "masks"))
+    model, files = _opened(opening, paths, console, with_head=has_head)
     if task is None:
-        task, reason = chosen_task(model, classes)
+        task, reason = chosen_task(model, data, of_paths)
         console.print(escape(f"task: {task}, {reason}"), soft_wrap=True, highlight=False)
-        if has_head and task != "head":
-            model, files = open_with_images(spec, paths, Console(quiet=True), **opening)
-            model = _dense(model, console)
-    sampled = sample_files(paths, count or (UNLABELLED if classes is None else LABELLED), seed)
+        if has_head and task not in WITH_HEAD:
+            model, files = _opened(opening, paths, Console(quiet=True), with_head=False)
+    if data == "masks":
+        from elip_models.calibration.segmentation import whole_image_transform
+
+        files.transform = whole_image_transform(model)
     if task in ("probe", "own-probe"):
-        sampled = sample_by_class(classes, count, seed)
-    files.paths = sampled
+        files.paths = sample_by_class(of_paths, count, seed)
+    else:
+        files.paths = sample_files(paths, count or (LABELLED if data else UNLABELLED), seed)
     files.paths = [path for path, _ in readable(files, console)]
-    names = [path.relative_to(folder).as_posix() for path in files.paths]
-    of_files = None if classes is None else [classes[path] for path in files.paths]
-    return Prepared(_task(task, spec, model, files, of_files, batch_size), model, names)
+    names = [path.relative_to(source.images).as_posix() for path in files.paths]
+    values = [of_paths[path] for path in files.paths]
+    options = {"batch_size": batch_size}
+    made = MAKERS[data](task, opening.spec, model, files, values, options)
+    return Prepared(made, model, names)
+
+
+def _data(source: Source, task: str | Loss | None) -> tuple[str | None, Source]:
+    """Return the option with the data of the task, and the source with it."""
+    given = [name for name in source._fields[1:] if getattr(source, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(
+            f"--{given[1]}: expected one of --labels, --captions and --masks, got --{given[0]} "
+            "beside it; pass one"
+        )
+    data = given[0] if given else None
+    if not isinstance(task, str):
+        if task is not None and data not in (None, "masks"):
+            raise ConfigError(
+                f"--{data}: expected none with a function of your own, which reads none, got "
+                f"{getattr(source, data)}"
+            )
+        return data, source
+    needed = DATA_OF[task]
+    if needed == "labels" and data is None:
+        return needed, source._replace(labels=FOLDERS)
+    if data is None and needed is not None:
+        raise ConfigError(f"--{needed}: expected one with --task {task}, got none")
+    if data != needed:
+        reads = "images alone" if needed is None else f"--{needed}"
+        raise ConfigError(
+            f"--{data}: expected none with --task {task}, which reads {reads}, got "
+            f"{getattr(source, data)}"
+        )
+    return data, source
+
+
+def _read(data: str | None, source: Source) -> dict[Path, Any]:
+    """Return the class, the captions or the mask of each image, or None."""
+    from elip_models.calibration.data import mask_files, read_captions
+
+    if data == "captions":
+        return dict(sorted(read_captions(source.captions, source.images).items()))
+    paths = image_files(source.images)
+    if data == "labels":
+        return read_classes(source.labels, source.images, paths)
+    if data == "masks":
+        return dict(zip(paths, mask_files(paths, source.images, source.masks), strict=True))
+    return dict.fromkeys(paths)
+
+
+def _opened(
+    opening: Opening, paths: list[Path], console: Console, *, with_head: bool
+) -> "tuple[nn.Module, ImageFiles]":
+    model, files = open_with_images(
+        opening.spec,
+        paths,
+        console,
+        pretrained=opening.pretrained,
+        device=opening.device,
+        with_head=with_head,
+        kept_bytes=KEPT_BYTES,
+    )
+    return _dense(model, console), files
 
 
 def _dense(model: "nn.Module", console: Console) -> "nn.Module":
@@ -103,74 +180,135 @@ def _dense(model: "nn.Module", console: Console) -> "nn.Module":
     return model
 
 
-def chosen_task(model: "nn.Module", classes: dict[Path, str] | None) -> tuple[str, str]:
+def chosen_task(model: "nn.Module", data: str | None, of_paths: dict[Path, Any]) -> tuple[str, str]:
     """Return the task that the model and the data leave, and why, in words."""
     from elip_models.calibration.class_names import head_classes, known_labels
     from elip_models.towers import as_image_text
 
-    if classes is None:
+    if data is None:
         return "cosine", "since there are no labels"
-    labels = sorted(set(classes.values()))
+    if data == "captions":
+        return "retrieval", "since the images have captions"
+    if data == "masks":
+        if type(model).__name__.endswith("ForSemanticSegmentation"):
+            return "segmentation", "since the model has a head for it"
+        return "segmentation-probe", "since the model has no head for it"
+    labels = sorted(set(of_paths.values()))
     head = head_classes(model)
     if head is not None and known_labels(labels, head):
-        return "head", f"since the model's head has {len(head)} classes, those of the labels too"
+        return "head", f"since the labels are among the {len(head)} classes of the model's head"
     if as_image_text(model) is not None and not all(label.isdecimal() for label in labels):
         return "zero-shot", "since the model compares images with the names of the classes"
     other = "the labels are no classes of the model's head" if head else "the model has no head"
     return "probe", f"since {other}"
 
 
-def _task(
+def _feature_task(
     task: str | Loss,
     spec: str,
     model: "nn.Module",
     files: "ImageFiles",
-    labels: Sequence[str] | None,
-    batch_size: int,
+    values: Sequence[None],
+    options: dict[str, Any],
 ) -> "Task":
-    """Return the task of a name, or of a function of the user."""
+    from elip_models.analysis.model_features import image_features
+    from elip_models.calibration.features import Cosine, Neighbours, OwnLoss
+
+    options["features"], _ = image_features(model)
+    if not isinstance(task, str):
+        return OwnLoss(files, loss=task, **options)
+    return {kind.name: kind for kind in (Cosine, Neighbours)}[task](files, **options)
+
+
+def _class_task(
+    task: str,
+    spec: str,
+    model: "nn.Module",
+    files: "ImageFiles",
+    labels: Sequence[str],
+    options: dict[str, Any],
+) -> "Task":
     import torch
 
     from elip_models.analysis.model_features import image_features
-    from elip_models.calibration import class_names, classes, features
-    from elip_models.embedding.encoder import tokenizer_name
-    from elip_models.towers import as_image_text
+    from elip_models.calibration.class_names import class_numbers, head_classes, names_in_texts
+    from elip_models.calibration.classes import Head, Probe, ZeroShot
 
-    options: dict[str, Any] = {"batch_size": batch_size}
-    if labels is None:
-        options["features"], _ = image_features(model)
-        if not isinstance(task, str):
-            return features.OwnLoss(files, loss=task, **options)
-        kind = features.Neighbours if task == "neighbours" else features.Cosine
-        return kind(files, **options)
     named = sorted(set(labels))
+    number_of = {name: i for i, name in enumerate(named)}
     if task == "head":
-        head = class_names.head_classes(model)
+        head = head_classes(model)
         if head is None:
             raise ConfigError(
                 f"--task: expected head with a classifier, got a {type(model).__name__} without "
                 "one; pass --task probe"
             )
-        number_of = class_names.class_numbers(named, head)
-        options["classes"] = [(*names, str(i))[0] for i, names in enumerate(head)]
-    else:
-        number_of = {name: i for i, name in enumerate(named)}
-        options["classes"] = named
+        number_of = class_numbers(named, head)
     numbers = torch.tensor([number_of[label] for label in labels])
     if task == "head":
-        return classes.Head(files, numbers, **options)
+        shown = [(*names, str(i))[0] for i, names in enumerate(head)]
+        return Head(files, numbers, classes=shown, **options)
     if task == "zero-shot":
-        options["classes"] = class_names.names_in_texts(named)
-        image_text = as_image_text(model)
-        if image_text is None:
-            raise ConfigError(
-                "--task: expected zero-shot with an image-text model, got a "
-                f"{type(model).__name__}; pass --task probe"
-            )
-        tokenizer = image_text.load_tokenizer(tokenizer_name(spec))
-        return classes.ZeroShot(files, numbers, model=model, tokenizer=tokenizer, **options)
+        options["tokenizer"] = _tokenizer(task, spec, model)
+        return ZeroShot(files, numbers, model=model, classes=names_in_texts(named), **options)
     options["features"], _ = image_features(model)
-    return classes.Probe(files, numbers, own=task == "own-probe", **options)
+    return Probe(files, numbers, own=task == "own-probe", classes=named, **options)
+
+
+def _retrieval(
+    task: str,
+    spec: str,
+    model: "nn.Module",
+    files: "ImageFiles",
+    captions: Sequence[Sequence[str]],
+    options: dict[str, Any],
+) -> "Task":
+    from elip_models.calibration.retrieval import Retrieval
+
+    tokenizer = _tokenizer(task, spec, model)
+    return Retrieval(files, captions, model=model, tokenizer=tokenizer, **options)
+
+
+def _segmentation(
+    task: str | Loss,
+    spec: str,
+    model: "nn.Module",
+    files: "ImageFiles",
+    masks: Sequence[Path],
+    options: dict[str, Any],
+) -> "Task":
+    from elip_models.calibration.data import MaskFiles
+    from elip_models.calibration.segmentation import Segmentation, SegmentationProbe
+
+    of_files = MaskFiles(masks, files.paths)
+    if task == SegmentationProbe.name:
+        return SegmentationProbe(files, of_files, model=model, **options)
+    own = {} if isinstance(task, str) else {"logits": task}
+    return Segmentation(files, of_files, **own, **options)
+
+
+MAKERS: dict[str | None, Callable[..., Any]] = {
+    "labels": _class_task,
+    "captions": _retrieval,
+    "masks": _segmentation,
+    None: _feature_task,
+}
+"""Option with the data -> the function that makes a task of it."""
+
+
+def _tokenizer(task: str, spec: str, model: "nn.Module") -> Any:
+    """Return the tokenizer of an image-text model."""
+    from elip_models.embedding.encoder import tokenizer_name
+    from elip_models.towers import SelfReducingModel, as_image_text
+
+    image_text = model if isinstance(model, SelfReducingModel) else as_image_text(model)
+    if image_text is None:
+        raise ConfigError(
+            f"--task: expected {task} with an image-text model, got a {type(model).__name__}; pass "
+            "another task"
+        )
+    with as_config_error("MODEL"):
+        return image_text.load_tokenizer(tokenizer_name(spec))
 
 
 def read_classes(labels: str, folder: Path, paths: Sequence[Path]) -> dict[Path, str]:

@@ -3,13 +3,11 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks.real import dinov2, materials, panel
-from benchmarks.real.panel import paired_interval
-from elip_models.intervals import LEVEL
+from elip_models.intervals import paired_interval
 
 
 @pytest.fixture
@@ -52,17 +50,3 @@ def test_outcomes_and_differences_of_each_set_agree(sets, model, monkeypatch):
 def test_outcomes_are_stored_in_the_order_of_the_photographs():
     assert panel.packed(torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])) == "23"
     assert panel.packed(torch.zeros(9)) == "000"
-
-
-def test_a_paired_interval_holds_its_level_when_few_trials_differ():
-    count, chances = 372, (0.003, 0.008, 0.989)
-    drawn = np.random.default_rng(0).multinomial(count, chances, size=4000)
-    truth = chances[0] - chances[1]
-    covers = [
-        low <= truth <= high
-        for gains, losses, _ in drawn
-        for _, low, high in [paired_interval(gains, losses, count)]
-    ]
-    assert np.mean(covers) >= LEVEL
-    mean, low, high = paired_interval(1, 3, 372)
-    assert (mean, low, high) == pytest.approx((-2 / 372, -0.0182, 0.0075), abs=1e-4)
