@@ -180,9 +180,9 @@ class Results:
         return f" About {self.needed:,} images in all would show it, instead of {count:,}."
 
     def table(self) -> str:
-        """Return the settings as lines of text, from the slowest to the fastest."""
-        head, rows = report.columns(self), report.rows(self)
-        cells = [head, *(row.cells for row in rows)]
+        """Return the settings as lines of text; losses are in points, with 95% intervals."""
+        shown = (self.decides,)
+        cells = [report.columns(self, shown), *(row.cells for row in report.rows(self, shown))]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = (
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
