@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 24, 40  # margins
+LABEL_SPACE = 0.13  # below the lowest interval, of the height
 SHAPES = {  # SVG paths around 0, 0, by role
     "dense": "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z",
     "tried": "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
@@ -85,7 +86,8 @@ def loss_against_cost(results: "Results") -> Chart:
     apart = [loss for _, loss, setting in points if setting.role not in ("tried", "control")]
     upper = max(BEYOND * results.tolerance, *(1.2 * loss for loss in apart), 0)
     ends = [-shown_difference(results, setting).high for *_, setting in points]
-    lower = max(-upper / 2, min(-0.5 * results.tolerance, *(1.1 * end for end in ends), 0))
+    lower = max(-upper / 2, min(-0.5 * results.tolerance, *ends, 0))
+    lower -= LABEL_SPACE * (upper - lower)
 
     def x_of(cost: float) -> float:
         return round(LEFT + (cost - left) / (right - left) * (WIDTH - LEFT - RIGHT), 1)

@@ -145,7 +145,8 @@ def legend(results: "Results") -> dict[str, str]:
     for setting in results.settings:
         if results.cost(setting) is not None:
             by_role.setdefault(setting.role, []).append(setting.name)
-    words = {"tried": "tried, on the images that choose", "dense": "dense"}
+    words = {"dense": "dense", "tried": "tried, on the images that choose"}
+    words["distilled"] = ", ".join(by_role.get("distilled", ()))
     return {
         role: words.get(role) or f"{role}: {', '.join(by_role[role])}"
         for role in chart.SHAPES

@@ -107,15 +107,15 @@ class Results:
 
     @property
     def cost_key(self) -> str | None:
-        """Return the time that decides, a key of `Setting.time`; None if nothing was timed.
+        """Return the time that decides, a key of `Setting.time`; None if no choice was timed.
 
         It is the first step of the largest batch.
         """
-        keys = [key for setting in self.settings for key in setting.time]
+        keys = () if self.chosen is None else self.chosen.time
         return max(keys, key=lambda key: int(key.split()[0]), default=None)
 
     def cost(self, setting: Setting) -> float | None:
-        """Return the time of a setting that decides, or its FLOPs if nothing was timed."""
+        """Return the time of a setting that decides, or its FLOPs if no choice was timed."""
         if self.cost_key is None:
             return setting.flops
         time = setting.time.get(self.cost_key)
