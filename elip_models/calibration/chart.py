@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from elip_models.calibration.results import Results, Setting
 
 WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 24, 40  # margins
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 24, 40  # margins
+LABEL_SPACE = 0.13  # below the lowest interval, of the height
 SHAPES = {  # SVG paths around 0, 0, by role
     "dense": "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z",
     "tried": "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
@@ -22,9 +23,9 @@ SHAPES = {  # SVG paths around 0, 0, by role
     "compared": "M0,-8L8,0L0,8L-8,0z",
     "distilled": "M0,-8L8,6H-8z",
 }
-LABELLED = ("chosen", "compared", "distilled")  # the legend names the others
 BEYOND = 4
-"""The upper edge of the chart, in tolerances, unless the choice needs more."""
+"""The upper edge of the chart, in tolerances, unless a setting needs more that is not just tried
+or a control."""
 
 
 class Mark(NamedTuple):
@@ -34,8 +35,7 @@ class Mark(NamedTuple):
         x, y: of the loss.
         low, high: y of the ends of its interval.
         role: that of the setting.
-        label: is drawn beside it; "" for none.
-        anchor: of the label, "start" or "end".
+        label: is drawn beside it, for dense and the choice; "" for others.
         title: is shown under the pointer.
         is_beyond: the loss is above the chart.
     """
@@ -46,7 +46,6 @@ class Mark(NamedTuple):
     high: float
     role: str
     label: str
-    anchor: str
     title: str
     is_beyond: bool
 
@@ -59,7 +58,7 @@ class Tick(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Marks and axes; `left_out` settings have no cost, `beyond` ones are at the upper edge."""
+    """Marks and axes; `left_out` settings have no cost, `beyond` ones are above the chart."""
 
     marks: list[Mark]
     x_ticks: list[Tick]
@@ -84,10 +83,11 @@ def loss_against_cost(results: "Results") -> Chart:
     ]
     left = math.floor(20 * min((cost for cost, *_ in points), default=0.9) - 0.5) / 20
     right = max(1.03, *(cost + 0.03 for cost, *_ in points), 1.03)
-    apart = [loss for _, loss, setting in points if setting.role in LABELLED]
+    apart = [loss for _, loss, setting in points if setting.role not in ("tried", "control")]
     upper = max(BEYOND * results.tolerance, *(1.2 * loss for loss in apart), 0)
     ends = [-shown_difference(results, setting).high for *_, setting in points]
     lower = max(-upper / 2, min(-0.5 * results.tolerance, *ends, 0))
+    lower -= LABEL_SPACE * (upper - lower)
 
     def x_of(cost: float) -> float:
         return round(LEFT + (cost - left) / (right - left) * (WIDTH - LEFT - RIGHT), 1)
@@ -96,8 +96,7 @@ def loss_against_cost(results: "Results") -> Chart:
         share = (min(max(loss, lower), upper) - lower) / (upper - lower)
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
-    middle = (left + right) / 2
-    marks = [Mark(x_of(1), y_of(0), y_of(0), y_of(0), "dense", "dense", "end", "dense", False)]
+    marks = [Mark(x_of(1), y_of(0), y_of(0), y_of(0), "dense", "dense", "dense", False)]
     for cost, loss, setting in sorted(points, key=lambda point: point[2].role != "tried"):
         gap = shown_difference(results, setting)
         marks.append(
@@ -107,8 +106,7 @@ def loss_against_cost(results: "Results") -> Chart:
                 y_of(-gap.high),
                 y_of(-gap.low),
                 setting.role,
-                setting.name if setting.role in LABELLED else "",
-                "start" if cost < middle else "end",
+                setting.name if setting.role == "chosen" else "",
                 f"{setting.name}: {100 * loss:.1f} points at {cost:.2f}",
                 loss > upper,
             )

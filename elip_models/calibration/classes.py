@@ -136,7 +136,7 @@ class ZeroShot(TopTask):
     """
 
     name: ClassVar[str] = "zero-shot"
-    reader = "the model by their names"
+    reader = "the model"
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ A loss is the dense measure minus the reduced one, in points: hundredths of the 
 
 import base64
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,8 +49,9 @@ def _rendered(template: str, results: "Results") -> str:
     return environment.get_template(template).render(
         results=results,
         meaning=meaning(results),
-        columns=columns(results),
-        rows=rows(results),
+        columns=columns(results, results.measures),
+        rows=rows(results, results.measures),
+        legend=legend(results),
         method=method(results),
         chart=chart.loss_against_cost(results),
         shapes=chart.SHAPES,
@@ -100,48 +102,56 @@ def nearest(results: "Results") -> "Setting | None":
     return max(tried, key=lambda setting: setting.differences[results.decides].low, default=None)
 
 
-def columns(results: "Results") -> list[str]:
-    """Return the heads of the table."""
+def columns(results: "Results", measures: Sequence[str]) -> list[str]:
+    """Return the heads of the table with the losses of some measures on the images held back."""
     times = [f"time, batch {key}" for key in _time_keys(results)]
     memory = ["memory"] if _has_memory(results) else []
-    losses = [f"loss of {results.decides} on images that choose"]
-    losses += [f"loss of {name} on images held back" for name in results.measures]
+    losses = [f"{results.decides} loss, choosing"]
+    losses += [f"{name} loss, held back" for name in measures]
     return ["setting", "role", "FLOPs", "tokens", *times, *memory, *losses, "within"]
 
 
-def rows(results: "Results") -> list[Row]:
-    """Return the lines of the table, from the slowest setting to the fastest."""
+def rows(results: "Results", measures: Sequence[str]) -> list[Row]:
+    """Return the lines of the table, below the dense model.
 
-    def cost(setting: "Setting") -> float:
-        measured = results.cost(setting)
-        return setting.flops if measured is None else measured
+    Settings that were measured on the images held back come first. Both kinds of settings go from
+    the slowest to the fastest.
+    """
 
-    keys, has_memory, width = _time_keys(results), _has_memory(results), len(results.measures)
-    dense = ["dense", "", *["1.00"] * (2 + len(keys) + has_memory), *["0"] * (1 + width), ""]
-    lines = [Row("dense", dense)]
-    for setting in sorted(results.settings, key=cost, reverse=True):
+    def position(setting: "Setting") -> tuple[bool, float]:
+        cost = results.cost(setting)
+        return setting.held_back is None, -(setting.flops if cost is None else cost)
+
+    keys, has_memory = _time_keys(results), _has_memory(results)
+    costs, losses = ["1.00"] * (2 + len(keys) + has_memory), ["0"] * (1 + len(measures))
+    lines = [Row("dense", ["dense", "", *costs, *losses, ""])]
+    for setting in sorted(results.settings, key=position):
         held_back = setting.held_back or {}
+        cells = [setting.name, "" if setting.role == "tried" else setting.role]
+        cells += [f"{setting.flops:.2f}", f"{setting.kept:.2f}"]
+        cells += [_share(setting.time.get(key)) for key in keys]
+        cells += [_share(setting.memory)] if has_memory else []
+        cells.append(interval(loss(setting.differences[results.decides])))
+        cells += [interval(loss(held_back[name])) if name in held_back else "" for name in measures]
         gap = chart.shown_difference(results, setting)
-        lines.append(
-            Row(
-                setting.role,
-                [
-                    setting.name,
-                    "" if setting.role == "tried" else setting.role,
-                    f"{setting.flops:.2f}",
-                    f"{setting.kept:.2f}",
-                    *(_share(setting.time.get(key)) for key in keys),
-                    *([_share(setting.memory)] if has_memory else []),
-                    interval(loss(setting.differences[results.decides])),
-                    *(
-                        interval(loss(held_back[name])) if name in held_back else ""
-                        for name in results.measures
-                    ),
-                    "yes" if is_within(gap, results.tolerance) else "no",
-                ],
-            )
-        )
+        cells.append("yes" if is_within(gap, results.tolerance) else "no")
+        lines.append(Row(setting.role, cells))
     return lines
+
+
+def legend(results: "Results") -> dict[str, str]:
+    """Return what each role in the chart is, with the names of its settings."""
+    by_role: dict[str, list[str]] = {"dense": []}
+    for setting in results.settings:
+        if results.cost(setting) is not None:
+            by_role.setdefault(setting.role, []).append(setting.name)
+    words = {"dense": "dense", "tried": "tried, on the images that choose"}
+    words["distilled"] = ", ".join(by_role.get("distilled", ()))
+    return {
+        role: words.get(role) or f"{role}: {', '.join(by_role[role])}"
+        for role in chart.SHAPES
+        if role in by_role
+    }
 
 
 def meaning(results: "Results") -> list[str]:

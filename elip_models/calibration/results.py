@@ -107,15 +107,15 @@ class Results:
 
     @property
     def cost_key(self) -> str | None:
-        """Return the time that decides, a key of `Setting.time`; None if nothing was timed.
+        """Return the time that decides, a key of `Setting.time`; None if no choice was timed.
 
         It is the first step of the largest batch.
         """
-        keys = [key for setting in self.settings for key in setting.time]
+        keys = () if self.chosen is None else self.chosen.time
         return max(keys, key=lambda key: int(key.split()[0]), default=None)
 
     def cost(self, setting: Setting) -> float | None:
-        """Return the time of a setting that decides, or its FLOPs if nothing was timed."""
+        """Return the time of a setting that decides, or its FLOPs if no choice was timed."""
         if self.cost_key is None:
             return setting.flops
         time = setting.time.get(self.cost_key)
@@ -180,9 +180,9 @@ class Results:
         return f" About {self.needed:,} images in all would show it, instead of {count:,}."
 
     def table(self) -> str:
-        """Return the settings as lines of text, from the slowest to the fastest."""
-        head, rows = report.columns(self), report.rows(self)
-        cells = [head, *(row.cells for row in rows)]
+        """Return the settings as lines of text; losses are in points, with 95% intervals."""
+        shown = (self.decides,)
+        cells = [report.columns(self, shown), *(row.cells for row in report.rows(self, shown))]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = (
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -64,6 +64,7 @@ class Run:
             origin |= {"model": tensors_sha256(model.state_dict()), "dtype": str(self.dtype)}
             origin |= {"device": self.device.type}
         self.outputs = StoredOutputs(task, self.folder, origin, progress=progress)
+        self._of_dense: dict[tuple[tuple[int, ...], ...], dict[str, Measure]] = {}
         self._differences: dict[tuple[str, tuple[int, ...]], dict[str, Interval]] = {}
 
     def searched(
@@ -133,8 +134,7 @@ class Run:
         key = setting.name, images
         if key not in self._differences:
             reduced = self.task.measured(self.part(setting, images))
-            dense = self.task.measured(self.part(None, images))
-            self._differences[key] = _differences(reduced, dense)
+            self._differences[key] = _differences(reduced, self._dense(images))
         return self._differences[key]
 
     def lower_end(self, setting: Candidate) -> float:
@@ -143,8 +143,17 @@ class Run:
 
     def held_back(self, setting: Candidate | None) -> dict[str, Measure]:
         """Return the measures on the images held back; what is fitted, is fitted on the others."""
+        if setting is None:
+            return self._dense(*self.parts)
         chosen_on, held_back = (self.part(setting, images) for images in self.parts)
         return self.task.measured(chosen_on, held_back)
+
+    def _dense(self, *parts: tuple[int, ...]) -> dict[str, Measure]:
+        """Return the measures of the dense model, which are computed once."""
+        if parts not in self._of_dense:
+            measured = self.task.measured(*(self.part(None, images) for images in parts))
+            self._of_dense[parts] = measured
+        return self._of_dense[parts]
 
     def dense_scores(self) -> dict[str, Interval]:
         """Return the measures of the dense model on the images held back."""
@@ -243,7 +252,7 @@ class Run:
             cost = measured_costs(self.task, self.model, models, self.parts.chosen_on, **sizes)[
                 name
             ]
-        dense = self.task.measured(self.part(None, self.parts.chosen_on))
+        dense = self._dense(self.parts.chosen_on)
         return Setting(
             name=name,
             strategy=setting.settings,
@@ -274,8 +283,6 @@ class Run:
             gaps = reduced.statistic(reduced.rows) - dense.statistic(dense.rows)
         gaps = np.nan_to_num(gaps)
         order = [int(row) for row in np.argsort(gaps, kind="stable")[:SHOWN] if gaps[row] < 0]
-        if len(gaps) != len(images):
-            return ()
         part, shown = self.part(setting, images), [images[row] for row in order]
         answers = [self._answers(shown, part_of, order) for part_of in (part.dense, part.outputs)]
         truths = self.task.truths(shown) or [""] * len(shown)

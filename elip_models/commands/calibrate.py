@@ -1,6 +1,7 @@
 """The command `elip calibrate`: the fastest reduction that the user's own task allows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,6 +124,7 @@ def calibrate(
                 console=console,
             )
             results = _run(prepared, model, output, dtype, options, console)
+        results = replace(results, model=model)
         results.save(output)
     if prepared.task.name in TASKS_OF[None]:
         _print(console, ADVICE)

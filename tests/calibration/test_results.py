@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from elip_models.calibration import report
 from elip_models.calibration.report import html, markdown
 from elip_models.calibration.results import BEST, JSON, Results, Setting, Worst
 from elip_models.intervals import Interval
@@ -145,10 +146,10 @@ def test_the_first_step_of_the_largest_batch_decides():
     assert "takes 0.50 of the prefill time at batch 16 and" in results.sentence()
 
 
-def test_the_table_has_each_setting_from_the_slowest_to_the_fastest():
+def test_the_table_begins_with_what_was_measured_on_the_images_held_back():
     names = [line.split("  ")[0] for line in made().table().splitlines()]
-    order = ["dense", "merge 0.8", "evit 0.7", "resize 0.7", "merge 0.7"]
-    assert names[1:6] == order
+    held_back = ["evit 0.7", "resize 0.7", "merge 0.7", "merge 0.6, distilled"]
+    assert names[1:-1] == ["dense", *held_back, "merge 0.8", "tome 0.6"]
     assert names[-1].startswith("guided: it needs a text")
 
 
@@ -208,3 +209,20 @@ def test_the_chart_has_each_cost_and_says_what_it_leaves_out():
     for role in ("dense", "tried", "chosen", "control", "compared", "distilled"):
         assert f"mark {role}" in marks
     assert "Not in the chart: 1 that were not timed" in page.text
+
+
+def test_without_a_choice_the_chart_has_all_settings_against_their_flops():
+    page = Page(html(ALL["none"]))
+    assert "Loss against FLOPs" in page.text and "Not in the chart" not in page.text
+
+
+def test_losses_far_above_the_tolerance_are_drawn_at_the_edge():
+    results = made()
+    far = setting("tome 0.3", 0.5, 0.4)
+    page = Page(html(replace(results, settings=(*results.settings, far))))
+    assert "Triangles at the upper edge: 1 with a larger loss" in page.text
+    assert "Triangles" not in html(results)
+
+
+def test_small_losses_keep_a_digit():
+    assert [report.number(loss) for loss in (0.0123, 0.0004, -0.00001)] == ["1.2", "0.04", "0.0"]
