@@ -18,10 +18,11 @@ from elip_models.calibration.segmentation import (
     whole_image_transform,
 )
 from elip_models.calibration.task import Part
+from tests.calibration.cases import IGNORED, masks_of, scenes
 from tests.helpers.models import HF, dinov2, enlarged, open_clip_pair, open_clip_vit
 from tests.helpers.towers import images, plain_vit
 
-N, CLASSES, IGNORED = 10, 3, 255
+N, CLASSES = 10, 3
 HEADS = HF | {"num_labels": 5, "use_auxiliary_head": False}
 
 
@@ -43,23 +44,6 @@ def upernet():
     options = {"num_labels": 5, "use_auxiliary_head": False}
     config = transformers.UperNetConfig(backbone_config=backbone, **sizes, **options)
     return transformers.UperNetForSemanticSegmentation(config)
-
-
-def masks_of(shapes, classes=CLASSES):
-    """Return masks of these sizes, with halves of two classes and an edge of none."""
-    masks = []
-    for i, (height, width) in enumerate(shapes):
-        mask = torch.full((height, width), i % classes)
-        mask[:, width // 2 :] = (i + 1) % classes
-        mask[0] = IGNORED
-        masks.append(mask)
-    return masks
-
-
-def scenes(masks, size=48):
-    """Return noisy images in which each class has a brightness."""
-    wide = [F.interpolate(mask[None, None].float(), (size, size))[0] for mask in masks]
-    return torch.stack([w.expand(3, -1, -1) % IGNORED for w in wide]) - 1 + 0.1 * images(len(masks))
 
 
 def iou(right, union):
