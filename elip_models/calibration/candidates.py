@@ -126,16 +126,7 @@ class TowerCandidates(Candidates):
         return setting if setting.flops < 1 else None
 
     def compared(self, text: str) -> Candidate:
-        name, _, number = text.strip().rpartition(" ")
-        try:
-            keep = float(number)
-        except ValueError:
-            name, keep = text.strip(), None
-        if not name:
-            raise ValueError(
-                "compare: expected a strategy and its keep, such as 'evit 0.7', got "
-                f"{shortened(text)}"
-            )
+        name, keep = strategy_and_keep(text)
         with as_config_error("compare", inner="strategy"):
             return self._candidate(fit_strategy(get_strategy(name), self.tower, keep))
 
@@ -145,13 +136,34 @@ class TowerCandidates(Candidates):
 
     def _candidate(self, strategy: Strategy) -> Candidate:
         """Return a strategy whose rate is set as a candidate."""
-        changed = (
-            f"{option.name}={getattr(strategy, option.name)}".lower()
-            for option in fields(strategy)
-            if option.name not in (strategy.keep_field, "without_text")
-            and getattr(strategy, option.name) != option.default
-        )
-        options, kept = ",".join(changed), kept_share(strategy, self.size)
-        name = f"{strategy.name}:{options}" if options else strategy.name
+        kept = kept_share(strategy, self.size)
+        name = line_of(strategy, strategy.keep_field, "without_text")
         flops = inference_ratio(strategy, self.size)
         return Candidate(f"{name} {kept:.2f}", strategy, settings_of(strategy), flops, kept)
+
+
+def line_of(strategy: Any, *left_out: str | None) -> str:
+    """Return a strategy as "name:option=value" with the options that are not the default.
+
+    `left_out` are the names of further options that are left out.
+    """
+    options = ",".join(
+        f"{option.name}={getattr(strategy, option.name)}".lower()
+        for option in fields(strategy)
+        if option.name not in left_out and getattr(strategy, option.name) != option.default
+    )
+    return f"{strategy.name}:{options}" if options else strategy.name
+
+
+def strategy_and_keep(text: str) -> tuple[str, float | None]:
+    """Return the strategy and its keep, or None, in a text such as "evit 0.7"."""
+    name, _, number = text.strip().rpartition(" ")
+    try:
+        keep = float(number)
+    except ValueError:
+        name, keep = text.strip(), None
+    if not name:
+        raise ValueError(
+            f"compare: expected a strategy and its keep, such as 'evit 0.7', got {shortened(text)}"
+        )
+    return name, keep

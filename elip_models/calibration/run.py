@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from elip_kernels import __version__
-from elip_models.api import reduce_
 from elip_models.calibration.candidates import Candidate
 from elip_models.calibration.choice import Parts, difference, images_needed, is_within, split
 from elip_models.calibration.costs import Cost, measured_costs
@@ -23,7 +22,6 @@ from elip_models.calibration.results import Setting, Worst
 from elip_models.calibration.search import Search
 from elip_models.calibration.task import Measure, Part, Task
 from elip_models.intervals import Interval, interval_of_totals
-from elip_models.profiling.workload import shared_copy
 from elip_models.recovery.distill import distill
 from elip_models.saving.files import tensors_sha256
 
@@ -129,7 +127,7 @@ class Run:
 
     def reduced(self, setting: Candidate) -> nn.Module:
         """Return a copy of the model with a setting, which shares its weights."""
-        return reduce_(shared_copy(self.model), setting.strategy)
+        return self.task.reduced(self.model, setting.strategy)
 
     def differences(self, setting: Candidate, images: tuple[int, ...]) -> dict[str, Interval]:
         """Return the difference from dense of each measure on some of the images that choose."""

@@ -12,8 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from elip_models.api import reduce_
 from elip_models.calibration.candidates import Candidates, TowerCandidates
 from elip_models.profiling.measure import Step
+from elip_models.profiling.workload import shared_copy
 
 Outputs = dict[str, Tensor]
 """What a model returned for images, by name; the first dimension counts the images."""
@@ -116,6 +118,10 @@ class Task(ABC):
     def candidates(self, model: nn.Module, *, class_token_only: bool = False) -> Candidates:
         """Return the settings that are tried; those of the image tower, unless overridden."""
         return TowerCandidates(model, class_token_only=class_token_only)
+
+    def reduced(self, model: nn.Module, strategy: Any) -> nn.Module:
+        """Return a copy of the dense model with a strategy of a candidate; it shares weights."""
+        return reduce_(shared_copy(model), strategy)
 
     def contents(self) -> dict[str, Any]:
         """Return as plain JSON what the outputs depend on beside the model, in any run."""
