@@ -4,7 +4,6 @@ import numpy as np
 import open_clip
 import pytest
 import timm
-import torch
 from PIL import Image
 from rich.console import Console
 from timm.models import save_for_hf
@@ -49,8 +48,14 @@ def folder(tmp_path_factory):
 
 def prepared(folder, model, task=None, **data):
     spec = model.replace("{}", str(folder))
-    fields = {"labels": None, "captions": None, "masks": None} | data
-    options = {"count": None, "seed": 0, "batch_size": 8, "console": Console(quiet=True)}
+    fields = dict.fromkeys(("labels", "captions", "masks", "questions")) | data
+    options = {
+        "count": None,
+        "seed": 0,
+        "batch_size": 8,
+        "answering": {},
+        "console": Console(quiet=True),
+    }
     return prepare(Opening(spec, True, "cpu"), Source(folder / "photos", **fields), task, **options)
 
 
@@ -95,7 +100,7 @@ def test_the_task_is_found(model, data, expected, folder):
         (
             None,
             {"labels": "folders", "masks": "m"},
-            "--masks: expected one of --labels, --captions",
+            "--masks: expected one of --labels or",
         ),
         (len, {"labels": "folders"}, "--labels: expected none with a function of your own"),
         ("retrieval", {"captions": "captions"}, "--task: expected retrieval with an image-text"),
