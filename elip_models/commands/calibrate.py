@@ -26,7 +26,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 BEST, REPORT, DISTILLED = "best.json", "report.html", "distilled"
 ADVICE = (
     "The cosine and the neighbours of features describe a change; they do not tell what a task "
-    "loses. --labels, --captions or --masks judge by a task."
+    "loses. --labels, --captions, --masks or --questions judge by a task."
 )
 
 
@@ -56,6 +56,19 @@ def calibrate(
     masks: Annotated[
         Path | None,
         typer.Option(help="Folder of a PNG of class indices for each image: judge by mIoU."),
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON rows of image, question, answers, for a multimodal language model."
+        ),
+    ] = None,
+    score: Annotated[
+        str, typer.Option(help="Of answers: 'exact match', 'ANLS' or 'VQA accuracy'.")
+    ] = "exact match",
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Text with {question}, for a processor without a chat template."),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="Largest loss: 0.01 is one point of accuracy, or of the measure.")
@@ -116,11 +129,12 @@ def calibrate(
         with as_option_error(calibrate, folder="--output"):
             prepared = prepare(
                 Opening(model, pretrained, device),
-                Source(images, labels, captions, masks),
+                Source(images, labels, captions, masks, questions),
                 loss or task,
                 count=count,
                 seed=seed,
                 batch_size=batch_size,
+                answering={"score": score, "prompt": prompt},
                 console=console,
             )
             results = _run(prepared, model, output, dtype, options, console)

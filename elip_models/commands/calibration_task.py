@@ -23,6 +23,7 @@ TASKS_OF = {
     "labels": ("head", "zero-shot", "probe", "own-probe"),
     "captions": ("retrieval",),
     "masks": ("segmentation", "segmentation-probe"),
+    "questions": ("answers",),
     None: ("cosine", "neighbours"),
 }
 """Option with the data -> the tasks that read them; None: those on images alone."""
@@ -43,6 +44,7 @@ class Source(NamedTuple):
     labels: str | None
     captions: Path | None
     masks: Path | None
+    questions: Path | None
 
 
 class Opening(NamedTuple):
@@ -69,6 +71,7 @@ def prepare(
     count: int | None,
     seed: int,
     batch_size: int,
+    answering: dict[str, Any],
     console: Console,
 ) -> Prepared:
     """Open the model, choose the task and read its images.
@@ -81,12 +84,15 @@ def prepare(
         count: of the images; None for the default of the task.
         seed: of the draw of images.
         batch_size: images in a batch.
+        answering: the options `score` and `prompt` of `Answers`.
         console: where the choice is printed.
 
     Raises:
         ConfigError, ValueError: an option that does not fit the model or the data.
     """
     data, source = _data(source, task)
+    if data == "questions":
+        return _answers(opening, source, answering, count, seed, console)
     of_paths = _read(data, source)
     paths = list(of_paths)
     has_head = task in WITH_HEAD or (task is None and data in ("labels", "masks"))
@@ -114,15 +120,15 @@ def prepare(
 
 def _data(source: Source, task: str | Loss | None) -> tuple[str | None, Source]:
     """Return the option with the data of the task, and the source with it."""
+    options = " or ".join(f"--{name}" for name in source._fields[1:])
     given = [name for name in source._fields[1:] if getattr(source, name) is not None]
     if len(given) > 1:
         raise ConfigError(
-            f"--{given[1]}: expected one of --labels, --captions and --masks, got --{given[0]} "
-            "beside it; pass one"
+            f"--{given[1]}: expected one of {options}, got --{given[0]} beside it; pass one"
         )
     data = given[0] if given else None
     if not isinstance(task, str):
-        if task is not None and data not in (None, "masks"):
+        if task is not None and data in ("labels", "captions", "questions"):
             raise ConfigError(
                 f"--{data}: expected none with a function of your own, which reads none, got "
                 f"{getattr(source, data)}"
@@ -285,6 +291,40 @@ def _segmentation(
         return SegmentationProbe(files, of_files, model=model, **options)
     own = {} if isinstance(task, str) else {"logits": task}
     return Segmentation(files, of_files, **own, **options)
+
+
+def _answers(
+    opening: Opening,
+    source: Source,
+    answering: dict[str, Any],
+    count: int | None,
+    seed: int,
+    console: Console,
+) -> Prepared:
+    """Open a multimodal language model with its processor, and draw images with their questions."""
+    from transformers import AutoProcessor
+
+    from elip_models.calibration.answers import Answers
+    from elip_models.calibration.data import read_questions
+    from elip_models.profiling.measure import device_named
+    from elip_models.saving.meta_build import library_errors
+    from elip_models.saving.open_model import open_model
+
+    questions = read_questions(source.questions, source.images)
+    of_images = sorted({question.images for question in questions})
+    drawn = set(sample_files(of_images, count or LABELLED, seed))
+    questions = [question for question in questions if question.images in drawn]
+    with as_config_error("--device", inner="device"):
+        device = device_named(opening.device)
+    with console.status("opening the model"), as_config_error("MODEL", inner="spec"):
+        model = open_model(opening.spec, pretrained=opening.pretrained, with_head=True)
+        name = getattr(getattr(model, "config", None), "name_or_path", "")
+        with library_errors(name, "a processor"):
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    model = _dense(model, console).to(device)
+    task = Answers(questions, model=model, processor=processor, **answering)
+    names = [row[0].images[0].relative_to(source.images).as_posix() for row in task.questions]
+    return Prepared(task, model, names)
 
 
 MAKERS: dict[str | None, Callable[..., Any]] = {
