@@ -7,6 +7,7 @@ counts as the image tower.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -80,8 +81,10 @@ class LanguageCandidates:
         self.text = prompt["input_ids"].numel() - self.tokens
         self.depth = len(self.multimodal.language_model.layers)
         language = self._language_flops((self.tokens,) * self.depth)
+        takes = signature(model.forward).parameters
+        last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         with torch.no_grad():
-            counted = count_step(lambda: model(**prompt).logits, backward=False).forward
+            counted = count_step(lambda: model(**prompt, **last).logits, backward=False).forward
         self.rest, self.dense = max(0, counted - language), max(counted, language)
 
     def falling(self, text: str) -> list[Candidate]:

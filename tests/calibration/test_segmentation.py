@@ -191,6 +191,8 @@ def test_images_are_resized_as_a_whole():
     side = pixels.shape[-1]
     assert pixels.shape == (3, side, side) and side == model.patch_embed.img_size[0]
     assert (pixels[0, :, : side // 2 - 4] == pixels.min()).all()
+    own = whole_image_transform(model, lambda image: torch.zeros(3, 64, 80))
+    assert own(image).shape == (3, 64, 80)
 
 
 def test_strategies_without_a_grid_are_refused():
@@ -217,8 +219,12 @@ def test_what_cannot_be_measured_is_refused_by_name():
     unknown = Segmentation(pixels, [mask.where(mask == IGNORED, mask + 2) for mask in masks])
     with pytest.raises(ValueError, match=r"classes below 3, those of the model's head, .* got 4"):
         unknown.kept(torch.zeros(1, 3, 6, 6), [0])
-    with pytest.raises(TypeError, match="expected one that returns logits"):
+    with pytest.raises(
+        TypeError, match=r"of transformers that returns logits .* got a Dinov2Model"
+    ):
         Segmentation(pixels, masks).outputs(dinov2(), range(N), lambda count: None)
+    with pytest.raises(TypeError, match=r"of transformers that returns logits .* got a VisionTran"):
+        Segmentation(pixels, masks).outputs(plain_vit(), range(N), lambda count: None)
     with pytest.raises(TypeError, match="reduced, got SegformerForSemanticSegmentation"):
         model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig())
         Segmentation(pixels, masks).candidates(model)
