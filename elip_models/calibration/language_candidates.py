@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from elip_models.calibration.candidates import (
     STRATEGIES,
     Candidate,
+    Candidates,
     TowerCandidates,
     line_of,
     strategy_and_keep,
@@ -50,7 +51,7 @@ class FewerPixels:
     share: float
 
 
-class LanguageCandidates:
+class LanguageCandidates(Candidates):
     """The settings of the strategies of a multimodal language model.
 
     Args:
