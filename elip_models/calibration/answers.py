@@ -50,7 +50,7 @@ GREEDY = {"do_sample": False, "num_beams": 1}
 DECODED = 16
 """Tokens whose time is measured."""
 SAMPLED = 8
-"""Images on which a strategy without a `keep` is tried before it is measured."""
+"""Images on which a strategy is tried before it is measured."""
 OF_TOKENS = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
 """What a processor returns for each token of a prompt, and its value for a token of an answer."""
 

@@ -109,7 +109,7 @@ class MaskFiles(Sequence):
         file, image = self.files[i], self.images[i]
         try:
             with open_image_file(file, str(file)) as mask, open_image_file(image, str(image)) as of:
-                if mask.mode not in ("L", "P", "I;16", "I"):
+                if mask.mode not in ("1", "L", "P", "I;16", "I"):
                     raise ValueError(
                         f"masks: expected one channel of class indices, got {mask.mode} in "
                         f"{file.name}; save the indices, not colours"

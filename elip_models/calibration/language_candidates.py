@@ -7,6 +7,7 @@ counts as the image tower.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,8 @@ from elip_models.vlm.strategies.dedup import Dedup
 from elip_models.vlm.strategies.layer_strategy import LayerStrategy
 from elip_models.vlm.summary import prefill_flops
 
-LEFT_OUT = ("evs", "random_tokens")  # of videos; a control
+LEFT_OUT = ("evs", "pool", "random_tokens")  # of videos; of square grids; a control
+OF_LANGUAGE_MODEL = tuple(name for name in LANGUAGE_STRATEGIES if name not in LEFT_OUT)
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 TOLERANCES = (0.0, 0.1, 0.2, 0.4)
 """Of `dedup`."""
@@ -57,15 +59,10 @@ class LanguageCandidates(Candidates):
     Args:
         model: the dense model.
         prompt: the arguments of its forward pass for one prompt.
-        kept_by: returns the mean share of the image tokens that stay under a strategy without a
-            `keep`.
+        kept_by: returns the mean share of the image tokens of some prompts that a strategy leaves
+            before the language model; ValueError if it cannot reduce them.
         tokens_at: returns the tokens of the images of the prompt at a share of their pixels.
     """
-
-    strategies: Sequence[str] = (
-        *(name for name in LANGUAGE_STRATEGIES if name not in LEFT_OUT),
-        *STRATEGIES,
-    )
 
     def __init__(
         self,
@@ -77,12 +74,20 @@ class LanguageCandidates(Candidates):
     ) -> None:
         self.model, self.kept_by, self.tokens_at = model, kept_by, tokens_at
         self.multimodal = find_multimodal(model)
+        try:
+            TowerCandidates(model)
+            of_tower = STRATEGIES
+        except TypeError:
+            of_tower = STRATEGIES[:1]  # whose refusal has the reason
+        self.strategies: Sequence[str] = (*OF_LANGUAGE_MODEL, *of_tower)
         self.tokens = image_tokens(model, prompt)
         self.text = prompt["input_ids"].numel() - self.tokens
         self.depth = len(self.multimodal.language_model.layers)
         language = self._language_flops((self.tokens,) * self.depth)
+        takes = signature(model.forward).parameters
+        last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         with torch.no_grad():
-            counted = count_step(lambda: model(**prompt).logits, backward=False).forward
+            counted = count_step(lambda: model(**prompt, **last).logits, backward=False).forward
         self.rest, self.dense = max(0, counted - language), max(counted, language)
 
     def falling(self, text: str) -> list[Candidate]:
@@ -90,6 +95,12 @@ class LanguageCandidates(Candidates):
             settings = TowerCandidates(self.model).falling(text)
             return [self._of_tower(setting) for setting in settings]
         strategy = self._checked(language_strategy(text, {}))
+        try:
+            self.kept_by(strategy)
+        except ValueError as error:
+            raise TypeError(
+                f"strategy: expected one for these prompts, got {text!r}: {error}"
+            ) from error
         option, values = ("keep", KEEPS) if strategy.keep else ("tolerance", TOLERANCES)
         found: list[Candidate] = []
         for value in values:

@@ -25,11 +25,13 @@ from elip_models.calibration.linear_probe import LinearProbe
 from elip_models.calibration.task import Measure, Outputs, Part, ratio
 from elip_models.saving.files import tensors_sha256
 from elip_models.strategies.spec import get_strategy
-from elip_models.towers import as_reducible, as_tower
+from elip_models.towers import as_reducible, as_tower, library_of
 from elip_models.validation import shortened
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    Transform = Callable[[Image.Image], Tensor]
 
 IGNORED = 255
 PATCHES = 10_000
@@ -37,13 +39,20 @@ PATCHES = 10_000
 FOLDS = 5
 
 
-def whole_image_transform(model: nn.Module) -> "Callable[[Image.Image], Tensor]":
-    """Return a preprocessing without a crop, so that the logits are those of the whole mask."""
+def whole_image_transform(model: nn.Module, own: "Transform | None" = None) -> "Transform":
+    """Return a preprocessing without a crop, so that the logits are those of the whole mask.
+
+    Args:
+        model: an image model, or an image-text model.
+        own: the preprocessing of the model, whose size is taken; None: the size of the model.
+    """
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     reducible = as_reducible(model)
     height, width = as_tower(reducible.image_model).image_size
+    if own is not None:
+        height, width = own(Image.new("RGB", (width, height))).shape[1:]
     mean, std = (torch.tensor(stat)[:, None, None] for stat in reducible.image_stats())
 
     def transform(image: Image.Image) -> Tensor:
@@ -59,12 +68,13 @@ def head_logits(model: nn.Module, pixels: Tensor) -> Tensor:
     Raises:
         TypeError: the model returns none.
     """
-    logits = getattr(model(pixels), "logits", None)
+    is_known = library_of(model) == "transformers"
+    logits = getattr(model(pixel_values=pixels), "logits", None) if is_known else None
     if not isinstance(logits, Tensor) or logits.dim() != 4:
         raise TypeError(
-            f"model: expected one that returns logits (B, C, h, w), such as DPT, BEiT or UperNet "
-            f"for semantic segmentation, got a {type(model).__name__}; take the task "
-            f"{SegmentationProbe.name!r}, or a function that returns them"
+            "model: expected one of transformers that returns logits (B, C, h, w), such as DPT, "
+            f"BEiT or UperNet for semantic segmentation, got a {type(model).__name__}; take the "
+            f"task {SegmentationProbe.name!r}, or a function that returns them"
         )
     return logits
 

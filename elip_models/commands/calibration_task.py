@@ -105,7 +105,7 @@ def prepare(
     if data == "masks":
         from elip_models.calibration.segmentation import whole_image_transform
 
-        files.transform = whole_image_transform(model)
+        files.transform = whole_image_transform(model, files.transform)
     if task in ("probe", "own-probe"):
         files.paths = sample_by_class(of_paths, count, seed)
     else:

@@ -153,7 +153,20 @@ def test_settings_have_falling_flops_and_names_that_compare_reads(opened, files)
         assert flops == sorted(flops, reverse=True) and flops[0] < 1 and len(ladder) > 2
         assert candidates.compared(ladder[2].name) == ladder[2]
     assert candidates.compared("diverse 4").strategy.keep == 4
-    assert "diverse" in candidates.strategies and "merge" in candidates.strategies
+    of_tower = {"merge", "evit"} & {*candidates.strategies}
+    assert len(of_tower) == (0 if type(model).__name__.startswith("Qwen") else 2)
+    assert "diverse" in candidates.strategies and "pool" not in candidates.strategies
+
+
+def test_a_strategy_that_cannot_reduce_these_prompts_is_refused(opened, files, tmp_path):
+    model, _ = opened
+    if not type(model).__name__.startswith("Qwen"):  # whose images have one size
+        return
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (168, 112)).save(wide)
+    rows = [Question((wide,), "What is it?"), *asked(files)]
+    with pytest.raises(TypeError, match=r"these prompts, got 'pool': .*a square number of tokens"):
+        task_of(opened, rows).candidates(model).falling("pool")
 
 
 def test_flops_are_those_of_the_prefill(opened, files):
@@ -163,7 +176,7 @@ def test_flops_are_those_of_the_prefill(opened, files):
 
     @torch.no_grad()
     def counted(model):
-        return count_step(lambda: model(**prompt).logits, backward=False).forward
+        return count_step(lambda: model(**prompt, logits_to_keep=1).logits, backward=False).forward
 
     for name in ("diverse 0.3", "fastv:layer=1 0.3"):
         setting = candidates.compared(name)

@@ -2,49 +2,15 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import elip_models
 from elip_models.calibration.retrieval import Retrieval
 from elip_models.calibration.task import Part
+from tests.calibration.cases import Words, captions_found, own_features
 from tests.helpers.models import enlarged, hf_clip, open_clip_pair
 from tests.helpers.towers import images
 
 N = 12
-
-
-class Words:
-    """A tokenizer of texts of digits, for both libraries."""
-
-    model_max_length = 8
-
-    def __call__(self, texts, **options):
-        rows = [[*map(int, text.split())] for text in texts]
-        ids = torch.tensor([row + [49] + [0] * (7 - len(row)) for row in rows])
-        return {"input_ids": ids, "attention_mask": (ids > 0).long()} if options else ids
-
-
-@torch.no_grad()
-def own_features(model, pixels, texts):
-    ids = Words()(texts)
-    if hasattr(model, "encode_image"):
-        pair = model.encode_image(pixels), model.encode_text(ids)
-    else:
-        pair = model.get_image_features(pixel_values=pixels).pooler_output, None
-        text = model.get_text_features(input_ids=ids, attention_mask=(ids > 0).long())
-        pair = pair[0], text.pooler_output
-    return [F.normalize(features, dim=-1) for features in pair]
-
-
-def captions_found(model, pixels):
-    """Return two captions for each image, of which the first finds it more often than chance."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(1, 48, (1000, 6), generator=generator).tolist()
-    pool = [" ".join(map(str, row[: 1 + i % 6])) for i, row in enumerate(rows)]
-    image, text = own_features(model, pixels, pool)
-    others = torch.eye(len(pixels)).mul(9)
-    margin = [(text @ image.T)[:, i] - (text @ image.T - others[i]).amax(1) for i in range(N)]
-    return [(pool[int(m.argmax())], other) for m, other in zip(margin, pool, strict=False)]
 
 
 def plain_recalls(image, text, owners, k):

@@ -18,10 +18,11 @@ from elip_models.calibration.segmentation import (
     whole_image_transform,
 )
 from elip_models.calibration.task import Part
+from tests.calibration.cases import IGNORED, masks_of, scenes
 from tests.helpers.models import HF, dinov2, enlarged, open_clip_pair, open_clip_vit
 from tests.helpers.towers import images, plain_vit
 
-N, CLASSES, IGNORED = 10, 3, 255
+N, CLASSES = 10, 3
 HEADS = HF | {"num_labels": 5, "use_auxiliary_head": False}
 
 
@@ -43,23 +44,6 @@ def upernet():
     options = {"num_labels": 5, "use_auxiliary_head": False}
     config = transformers.UperNetConfig(backbone_config=backbone, **sizes, **options)
     return transformers.UperNetForSemanticSegmentation(config)
-
-
-def masks_of(shapes, classes=CLASSES):
-    """Return masks of these sizes, with halves of two classes and an edge of none."""
-    masks = []
-    for i, (height, width) in enumerate(shapes):
-        mask = torch.full((height, width), i % classes)
-        mask[:, width // 2 :] = (i + 1) % classes
-        mask[0] = IGNORED
-        masks.append(mask)
-    return masks
-
-
-def scenes(masks, size=48):
-    """Return noisy images in which each class has a brightness."""
-    wide = [F.interpolate(mask[None, None].float(), (size, size))[0] for mask in masks]
-    return torch.stack([w.expand(3, -1, -1) % IGNORED for w in wide]) - 1 + 0.1 * images(len(masks))
 
 
 def iou(right, union):
@@ -207,6 +191,8 @@ def test_images_are_resized_as_a_whole():
     side = pixels.shape[-1]
     assert pixels.shape == (3, side, side) and side == model.patch_embed.img_size[0]
     assert (pixels[0, :, : side // 2 - 4] == pixels.min()).all()
+    own = whole_image_transform(model, lambda image: torch.zeros(3, 64, 80))
+    assert own(image).shape == (3, 64, 80)
 
 
 def test_strategies_without_a_grid_are_refused():
@@ -233,8 +219,12 @@ def test_what_cannot_be_measured_is_refused_by_name():
     unknown = Segmentation(pixels, [mask.where(mask == IGNORED, mask + 2) for mask in masks])
     with pytest.raises(ValueError, match=r"classes below 3, those of the model's head, .* got 4"):
         unknown.kept(torch.zeros(1, 3, 6, 6), [0])
-    with pytest.raises(TypeError, match="expected one that returns logits"):
+    with pytest.raises(
+        TypeError, match=r"of transformers that returns logits .* got a Dinov2Model"
+    ):
         Segmentation(pixels, masks).outputs(dinov2(), range(N), lambda count: None)
+    with pytest.raises(TypeError, match=r"of transformers that returns logits .* got a VisionTran"):
+        Segmentation(pixels, masks).outputs(plain_vit(), range(N), lambda count: None)
     with pytest.raises(TypeError, match="reduced, got SegformerForSemanticSegmentation"):
         model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig())
         Segmentation(pixels, masks).candidates(model)
