@@ -8,31 +8,42 @@ from elip_models.calibration.costs import Cost, measured_costs
 from elip_models.calibration.features import Cosine
 
 
-class Layers(torch.nn.Module):
-    """A model whose time is that of its number of products."""
+class Counted(torch.nn.Module):
+    """A model that adds its cost for each image to a list."""
 
-    def __init__(self, count):
+    def __init__(self, cost, spent):
         super().__init__()
-        self.count, self.weight = count, torch.nn.Parameter(torch.eye(300))
+        self.cost, self.spent, self.weight = cost, spent, torch.nn.Parameter(torch.ones(1))
 
     def forward(self, pixels):
-        for _ in range(self.count):
-            self.weight @ self.weight
+        self.spent.append(self.cost * len(pixels))
         return pixels.flatten(1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("compile", [False, True])
 def test_times_are_shares_of_the_dense_time_by_batch_size(compile, monkeypatch):
-    compiled = []
+    compiled, spent = [], []
+
+    def time(steps, **options):
+        seconds = {}
+        for name, step in steps.items():
+            spent.clear()
+            step()
+            seconds[name] = [float(sum(spent))]
+        return seconds
+
     monkeypatch.setattr(torch, "compile", lambda step, **_: compiled.append(step) or step)
+    monkeypatch.setattr(module, "time_side_by_side", time)
     monkeypatch.setattr(module, "COMPILED", 1)
     task = Cosine(torch.zeros(8, 3, 2, 2), features=lambda model, pixels: model(pixels))
-    models = {"half": Layers(10), "tenth": Layers(2)}
-    costs = measured_costs(task, Layers(20), models, range(8), batch_sizes=(1, 4), compile=compile)
-    for name, share in {"half": 0.5, "tenth": 0.1}.items():
-        assert costs[name].time.keys() == {"1", "4"} and costs[name].memory is None
-        assert all(share / 3 < time < share * 1.8 for time in costs[name].time.values())
+    models = {"half": Counted(10, spent), "tenth": Counted(2, spent)}
+    dense = Counted(20, spent)
+    costs = measured_costs(task, dense, models, range(8), batch_sizes=(1, 4), compile=compile)
+    assert costs == {
+        "half": Cost({"1": 0.5, "4": 0.5}, None),
+        "tenth": Cost({"1": 0.1, "4": 0.1}, None),
+    }
     assert len(compiled) == 8 * compile  # dense and a setting, twice for two batch sizes
 
 
