@@ -97,7 +97,8 @@ def calibrate(
             from it, and no patches: strategies with this setting get it (see `ToMe`).
         batch_size: images in a batch, for outputs and times. Times are those of one image, too.
         dtype: the precision to measure in; None: that of the model.
-        compile: time models that torch.compile has compiled.
+        compile: time models that torch.compile has compiled; of each strategy, the setting with
+            the fewest FLOPs.
         seed: of the split.
         every: try every strategy at every share, without the search.
         time: time the settings. Without times the choice goes by FLOPs.
@@ -164,7 +165,8 @@ def calibrate(
             refused[text] = str(error)
     also = [candidates.compared(text) for text in compare]
     search = run.searched(ladders, every=every, announce=announce)
-    costs = run.costs([*search.within, *also], compile=compile) if time else {}
+    timed = _cheapest(search.within) if compile else search.within
+    costs = run.costs([*timed, *also], compile=compile) if time else {}
     chosen = _fastest(search.within, costs)
     nearest = chosen or max(search.tried, key=run.lower_end, default=None)
     control = None if nearest is None else candidates.control(nearest.flops)
@@ -243,12 +245,18 @@ def _check_texts(name: str, texts: Sequence[str] | None) -> None:
         )
 
 
+def _cheapest(within: Sequence[Candidate]) -> list[Candidate]:
+    """Return the setting of each strategy that has the fewest FLOPs: compiling takes long."""
+    falling = sorted(within, key=lambda setting: setting.flops, reverse=True)
+    return list({setting.settings["strategy"]: setting for setting in falling}.values())
+
+
 def _fastest(within: Sequence[Candidate], costs: dict[str, Cost]) -> Candidate | None:
     """Return the fastest setting; of times that differ by less than 0.03, that of fewest FLOPs."""
     if within and costs:
-        times = {setting.name: costs[setting.name].deciding for setting in within}
+        times = {s.name: costs[s.name].deciding for s in within if s.name in costs}
         limit = min(times.values()) + TIME_NOISE
-        within = [setting for setting in within if times[setting.name] <= limit]
+        within = [s for s in within if times.get(s.name, limit + 1) <= limit]
     return min(within, key=lambda setting: setting.flops, default=None)
 
 

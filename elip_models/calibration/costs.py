@@ -1,7 +1,7 @@
 """Time and memory of settings relative to the dense model, as they are deployed.
 
 Settings of a batch size are timed side by side with the dense model, in interleaved rounds, after a
-warm-up. Compiled models are timed in pairs of dense and setting, because torch.compile runs a
+warm-up. Compiled models are timed a few at once beside the dense one, because torch.compile runs a
 function that it has compiled for many models uncompiled.
 """
 
@@ -15,6 +15,8 @@ from elip_models.calibration.task import Task
 from elip_models.profiling.measure import Step, peak_bytes, ratios_to, time_side_by_side
 
 ROUNDS = 5
+COMPILED = 3
+"""Settings that are compiled at once."""
 DENSE = "dense"
 
 
@@ -57,7 +59,12 @@ def measured_costs(
         compile: run the models by torch.compile.
     """
     device = next(dense.parameters()).device
-    groups = [{name: model} for name, model in models.items()] if compile else [models]
+    names = list(models)
+    size = COMPILED if compile else max(1, len(names))
+    groups = [
+        {name: models[name] for name in names[first : first + size]}
+        for first in range(0, len(names), size)
+    ]
     times: dict[str, dict[str, float]] = {name: {} for name in models}
     memory: dict[str, float | None] = dict.fromkeys(models)
     for group in groups:

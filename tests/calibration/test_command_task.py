@@ -59,6 +59,7 @@ def prepared(folder, model, task=None, **data):
     return prepare(Opening(spec, True, "cpu"), Source(folder / "photos", **fields), task, **options)
 
 
+@pytest.mark.filterwarnings("ignore:.* stores no mean and standard deviation")
 @pytest.mark.parametrize(
     ("model", "data", "expected"),
     [
