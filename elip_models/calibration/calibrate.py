@@ -26,6 +26,7 @@ from elip_models.calibration.choice import is_within
 from elip_models.calibration.classes import Probe
 from elip_models.calibration.costs import Cost
 from elip_models.calibration.features import Cosine, FeatureTask, Loss, Neighbours, OwnLoss
+from elip_models.calibration.images import ImageTask
 from elip_models.calibration.results import Results
 from elip_models.calibration.run import Run
 from elip_models.calibration.task import Task
@@ -142,6 +143,8 @@ def calibrate(
     if not isinstance(task, Task):
         refuse_multimodal(model)
         task = _task(original, images, labels, task, batch_size)
+    if not isinstance(task, ImageTask):
+        _check_unused(task, compile=compile, distill=distill)
     is_other = dtype not in (None, next(original.parameters()).dtype)
     measured = copy.deepcopy(original).to(dtype) if is_other else original
     if names is not None and len(names) != task.count:
@@ -235,6 +238,16 @@ def _task(
             f"{shortened(task)}{needs}"
         )
     return FEATURE_TASKS[task](images, features=features, batch_size=batch_size)
+
+
+def _check_unused(task: Task, **options: bool | int) -> None:
+    """Raise ValueError for an option of models that take images alone."""
+    for name, value in options.items():
+        if value:
+            raise ValueError(
+                f"{name}: expected {type(value)()} with the task {task.name!r}, whose model takes "
+                f"more than images, got {value}"
+            )
 
 
 def _check_texts(name: str, texts: Sequence[str] | None) -> None:

@@ -15,7 +15,6 @@ from elip_kernels import __version__
 from elip_models.calibration.candidates import Candidate
 from elip_models.calibration.choice import Parts, difference, images_needed, is_within, split
 from elip_models.calibration.costs import Cost, measured_costs
-from elip_models.calibration.images import ImageTask
 from elip_models.calibration.outputs import OUTPUTS, StoredOutputs
 from elip_models.calibration.pictures import merged_picture
 from elip_models.calibration.results import Setting, Worst
@@ -210,11 +209,6 @@ class Run:
         save: Callable[[nn.Module], object],
     ) -> Setting:
         """Train a setting on the images that choose, and return what is reported of it."""
-        if not isinstance(self.task, ImageTask):
-            raise ValueError(
-                f"distill: expected 0 with the task {self.task.name!r}, whose model is not trained "
-                f"on images alone, got {steps}"
-            )
         images = ImagesOf(self.task.images, self.parts.chosen_on)
         name = f"{setting.name}, distilled"
         student, checkpoint = copy.deepcopy(model), None

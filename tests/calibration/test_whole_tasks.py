@@ -73,6 +73,13 @@ def test_a_task_runs_to_the_images_held_back(case, tmp_path):
     assert not any(" images, " in line for line in seen)  # all outputs were stored
 
 
+@pytest.mark.parametrize("option", [{"compile": True}, {"distill": 5}])
+def test_options_of_models_of_images_alone_are_refused_at_once(option, tmp_path):
+    model, task = answers(tmp_path)
+    with pytest.raises(ValueError, match=rf"{next(iter(option))}: .* with the task 'answers'"):
+        calibrate(model, task=task, **option)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_a_task_is_timed(case, tmp_path):
