@@ -43,7 +43,7 @@ __all__ = [
 
 LAZY = {
     "elip_kernels": ("__version__",),
-    "elip_models.analysis.calibrate": ("calibrate",),
+    "elip_models.calibration.calibrate": ("calibrate",),
     "elip_models.embedding.run": ("embed",),
     "elip_models.saving.open_model": ("open_model",),
     "elip_models.saving.saved_reduced": ("load_reduced", "save_reduced"),
@@ -75,7 +75,6 @@ STRATEGIES_MODULE = "elip_models.strategies"
 if TYPE_CHECKING:
     from elip_kernels import __version__
     from elip_models import strategies
-    from elip_models.analysis.calibrate import calibrate
     from elip_models.api import (
         budget,
         guidance,
@@ -85,6 +84,7 @@ if TYPE_CHECKING:
         reduction_summary,
         unreduce_,
     )
+    from elip_models.calibration.calibrate import calibrate
     from elip_models.embedding.run import embed
     from elip_models.engine.encode import encode_image
     from elip_models.integrations.peft.adapt import adapt_

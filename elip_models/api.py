@@ -20,6 +20,7 @@ from elip_models.engine.reduction import Reduction
 from elip_models.strategies import STRATEGIES
 from elip_models.strategies.elip import Guided
 from elip_models.strategies.schedule import Schedule
+from elip_models.strategies.serialization import NAMED, read_strategy
 from elip_models.strategies.spec import (
     StrategyOptions,
     name_in,
@@ -46,6 +47,7 @@ from elip_models.vlm.install import (
 from elip_models.vlm.passed_model import models_in, passed_model
 from elip_models.vlm.question import Mask
 from elip_models.vlm.stored_strategies import read_strategies, store_strategies
+from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import LanguageStrategy
 from elip_models.vlm.summary import MultimodalSummary
 
@@ -443,6 +445,8 @@ def _reduce(
     model: nn.Module, multimodal: Multimodal, strategy: Any, keep: Any, options: dict[str, Any]
 ) -> None:
     """Reduce the image tower or the language model, and store all strategies in the config."""
+    if isinstance(strategy, str) and strategy.endswith(".json"):
+        strategy = read_strategy(strategy, NAMED | LANGUAGE_STRATEGIES)
     is_saved = getattr(multimodal.config, "elip", None) is not None
     if _is_for_tower(strategy, options):
         install.install_strategy(model, strategy, options, keep)

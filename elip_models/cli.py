@@ -52,7 +52,7 @@ COMMANDS = {
     ),
     "calibrate": (
         "calibrate.calibrate",
-        "Find the cheapest reduction that changes a model's features of your images little.",
+        "Find the fastest reduction whose loss by your own measure is within a tolerance.",
     ),
     "distill": (
         "distill.distill",

@@ -3,7 +3,8 @@
 Examples that share an image are not independent: captions, or questions about it. They form a
 cluster. A draw of the bootstrap has as many clusters as the data, drawn with replacement; its mean
 is the mean over all examples of these clusters. If no draw differs, as at 0% and 100%, scores in
-[0, 1] have the Wilson interval, with the number of clusters as the number of trials.
+[0, 1] have the Wilson interval, with the number of clusters as the number of trials. The difference
+of two shares of the same trials has an interval of its own, see `paired_interval`.
 
 `scipy.stats.bootstrap` is the oracle of the tests. It is not used here, since the core does without
 scipy, and since it draws each example: equal clusters are drawn together here, as a multinomial

@@ -9,6 +9,7 @@ from elip_models.intervals import (
     LEVEL,
     RESAMPLES,
     bootstrap_interval,
+    paired_interval,
     score_interval,
     wilson_interval,
 )
@@ -71,3 +72,17 @@ def test_constant_scores_have_the_interval_of_wilson():
     assert 0 < low < 0.3 < high < 1
     assert score_interval([1.0] * 40, np.arange(40) // 5) == wilson_interval(1.0, 8)
     assert score_interval([1.0, 0.0] * 20, np.arange(40) // 2) == wilson_interval(0.5, 20)
+
+
+def test_a_paired_interval_holds_its_level_when_few_trials_differ():
+    count, chances = 372, (0.003, 0.008, 0.989)
+    drawn = np.random.default_rng(0).multinomial(count, chances, size=4000)
+    truth = chances[0] - chances[1]
+    covers = [
+        low <= truth <= high
+        for gains, losses, _ in drawn
+        for _, low, high in [paired_interval(gains, losses, count)]
+    ]
+    assert np.mean(covers) >= LEVEL
+    mean, low, high = paired_interval(1, 3, 372)
+    assert (mean, low, high) == pytest.approx((-2 / 372, -0.0182, 0.0075), abs=1e-4)

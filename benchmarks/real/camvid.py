@@ -36,7 +36,7 @@ from benchmarks.real.dinov2 import PATCH
 from benchmarks.real.features import DENSE, Setting, read_settings, stored
 from benchmarks.real.panel import add_times
 from benchmarks.real.tasks import PACKAGES
-from elip_models.analysis.probe import Probe
+from elip_models.calibration.linear_probe import LinearProbe
 from elip_models.intervals import Interval, interval_of_totals
 from elip_models.saving.files import read_object, write_json
 from elip_models.validation import check_output
@@ -133,7 +133,7 @@ def patches(
 
 def totals(
     model: nn.Module,
-    head: Probe,
+    head: LinearProbe,
     pairs: Sequence[tuple[Path, Path]],
     advance: Callable[[int], object],
 ) -> Tensor:
@@ -154,7 +154,7 @@ def totals(
 
 
 def measured(
-    setting: Setting, folder: Path, dense_head: Probe, penalty: float, advance: Any
+    setting: Setting, folder: Path, dense_head: LinearProbe, penalty: float, advance: Any
 ) -> dict[str, Tensor]:
     """Return the totals of the test frames by the head of dense features, and by an own one."""
     test = frames(folder, "test")
@@ -167,7 +167,7 @@ def measured(
             head = dense_head
             if name == "own":
                 drawn = patches(setting.model, train, advance)
-                head = Probe.fit(*drawn, inverse_penalty=penalty)
+                head = LinearProbe.fit(*drawn, inverse_penalty=penalty)
             return totals(setting.model, head, test, advance)
 
         key = ["camvid", name, setting.text, setting.weights, dtype, str(PER_FRAME)]
@@ -175,11 +175,13 @@ def measured(
     return found
 
 
-def dense_head(dense: Setting, folder: Path, advance: Any) -> tuple[Probe, float]:
+def dense_head(dense: Setting, folder: Path, advance: Any) -> tuple[LinearProbe, float]:
     """Return the head of dense features with the penalty that serves the validation best."""
     features, labels = patches(dense.model, frames(folder, "train"), advance)
     tuned, truth = patches(dense.model, frames(folder, "val"), advance)
-    heads = {penalty: Probe.fit(features, labels, inverse_penalty=penalty) for penalty in PENALTIES}
+    heads = {
+        penalty: LinearProbe.fit(features, labels, inverse_penalty=penalty) for penalty in PENALTIES
+    }
     best = max(heads, key=lambda penalty: heads[penalty].correct(tuned, truth).mean().item())
     return heads[best], best
 

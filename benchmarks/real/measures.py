@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.real.materials import CAPTIONS
-from elip_models.analysis.probe import Probe
+from elip_models.calibration.linear_probe import LinearProbe
 
 TOP1, OWN, KNN = "top1", "top1_own", "knn"
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -41,9 +41,9 @@ class Scale(NamedTuple):
 
 def fitted_probe(
     features: Tensor, labels: Tensor, validation: Tensor, validation_labels: Tensor
-) -> Probe:
+) -> LinearProbe:
     """Return the probe of training features whose penalty is best on the validation split."""
-    probes = [Probe.fit(features, labels, inverse_penalty=penalty) for penalty in PENALTIES]
+    probes = [LinearProbe.fit(features, labels, inverse_penalty=penalty) for penalty in PENALTIES]
     return max(probes, key=lambda probe: probe.correct(validation, validation_labels).mean())
 
 

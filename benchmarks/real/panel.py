@@ -31,7 +31,7 @@ from benchmarks.real import dinov2, sets
 from benchmarks.real.features import DENSE, Setting, features, read_settings, stored
 from benchmarks.real.measures import KNN, OWN, PENALTIES, TOP1, knn_correct
 from benchmarks.real.tasks import PACKAGES
-from elip_models.analysis.probe import Probe
+from elip_models.calibration.linear_probe import LinearProbe
 from elip_models.intervals import LEVEL, paired_interval
 from elip_models.profiling.measure import time_side_by_side
 from elip_models.saving.files import read_object, write_json
@@ -73,23 +73,25 @@ class Outcomes:
         labels, parts = self.found.labels, []
         for fold, probe, penalty in zip(self.found.folds, self.probes, self.penalties, strict=True):
             tested, truth = reduced[fold.test], labels[fold.test]
-            own = Probe.fit(reduced[fold.train], labels[fold.train], inverse_penalty=penalty)
+            own = LinearProbe.fit(reduced[fold.train], labels[fold.train], inverse_penalty=penalty)
             nearest = knn_correct(tested, truth, self.dense[fold.train], labels[fold.train])
             parts.append(
                 torch.stack([probe.correct(tested, truth), own.correct(tested, truth), nearest])
             )
         return torch.cat(parts, dim=1)
 
-    def _tuned(self, fold: sets.Fold) -> tuple[Probe, float]:
+    def _tuned(self, fold: sets.Fold) -> tuple[LinearProbe, float]:
         """Return the probe of a fold's training photographs, and the penalty that tunes it best."""
         labels = self.found.labels
 
         def right(penalty: float) -> float:
-            probe = Probe.fit(self.dense[fold.train], labels[fold.train], inverse_penalty=penalty)
+            probe = LinearProbe.fit(
+                self.dense[fold.train], labels[fold.train], inverse_penalty=penalty
+            )
             return probe.correct(self.dense[fold.tune], labels[fold.tune]).mean().item()
 
         best = max(PENALTIES, key=right)
-        probe = Probe.fit(self.dense[fold.train], labels[fold.train], inverse_penalty=best)
+        probe = LinearProbe.fit(self.dense[fold.train], labels[fold.train], inverse_penalty=best)
         return probe, best
 
 

@@ -38,7 +38,7 @@ from benchmarks.real.measures import (
     rank_correlation,
 )
 from elip_models.analysis.feature_measures import cosine, neighbours
-from elip_models.analysis.probe import Probe
+from elip_models.calibration.linear_probe import LinearProbe
 from elip_models.intervals import bootstrap_interval
 from elip_models.profiling.measure import (
     milliseconds,
@@ -127,7 +127,7 @@ class Bench:
             values[OWN] = self._probe(setting).correct(clothes, labels)
         return values
 
-    def _probe(self, setting: Setting) -> Probe:
+    def _probe(self, setting: Setting) -> LinearProbe:
         """Return the probe of a setting's features."""
         return fitted_probe(
             self._of(setting, self.train.paths),

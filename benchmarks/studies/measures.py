@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies.named_patches import selection_scores
+from elip_models.analysis.ranking import ranks_of
 from elip_models.pretraining.data import (
     EvaluationBatch,
     SkipReport,
@@ -24,11 +25,7 @@ from elip_models.pretraining.data import (
 )
 from elip_models.pretraining.models.base import PretrainedModel
 from elip_models.pretraining.models.layers.losses import contrastive_loss
-from elip_models.pretraining.tasks.features import (
-    encode_images,
-    encode_texts,
-    ranks_of,
-)
+from elip_models.pretraining.tasks.features import encode_images, encode_texts
 from elip_models.pretraining.tasks.retrieval import recall_at_k
 from elip_models.pretraining.tasks.task import evaluation_transform
 from elip_models.pretraining.training.loss_log import losses_of

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 Reduction = Annotated[
     str | None,
     typer.Option(
-        help="calibrated.json, a strategy such as merge, or none; default: as the model was saved."
+        help="calibrated/best.json, a strategy such as merge, or none; default: as the model was "
+        "saved."
     ),
 ]
 

@@ -92,11 +92,20 @@ def sample_files(paths: Sequence[Path], count: int, seed: int) -> list[Path]:
 
 
 class ImageFiles(Sequence):
-    """Images of files, (3, H, W) each, as a model expects them, read when indexed."""
+    """Images of files, (3, H, W) each, as a model expects them, read when indexed.
 
-    def __init__(self, paths: Sequence[Path], transform: "Transform") -> None:
+    Args:
+        paths: the files.
+        transform: the preprocessing.
+        kept_bytes: of images that stay in memory once they are read.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], transform: "Transform", *, kept_bytes: int = 0
+    ) -> None:
         self.paths = list(paths)
-        self.transform = transform
+        self.transform, self.kept_bytes = transform, kept_bytes
+        self._kept: dict[Path, Tensor] = {}
 
     def __len__(self) -> int:
         """Return the number of files."""
@@ -107,11 +116,17 @@ class ImageFiles(Sequence):
         from elip_models.images import SampleError, decode_image
 
         path = self.paths[i]
+        if path in self._kept:
+            return self._kept[path]
         image = decode_image(path, str(path))
         try:
-            return self.transform(image)
+            pixels = self.transform(image)
         except Exception as error:  # libraries raise any error for an image of an odd shape
             raise SampleError(str(path), f"cannot be preprocessed: {error!s:.300}") from error
+        if pixels.nbytes <= self.kept_bytes:
+            self._kept[path] = pixels
+            self.kept_bytes -= pixels.nbytes
+        return pixels
 
 
 def _transform(model: "nn.Module") -> "tuple[Transform, str]":
@@ -144,22 +159,33 @@ def _transform(model: "nn.Module") -> "tuple[Transform, str]":
 
 
 def open_with_images(
-    spec: str, paths: list[Path], console: Console, *, pretrained: bool
+    spec: str,
+    paths: list[Path],
+    console: Console,
+    *,
+    pretrained: bool,
+    with_head: bool = False,
+    kept_bytes: int = 0,
+    device: str | None = None,
 ) -> "tuple[nn.Module, ImageFiles]":
-    """Return the model that `spec` names, on the GPU if there is one, and the images for it."""
-    import torch
+    """Return the model that `spec` names, on a device of `device_named`, and the images for it.
 
+    `with_head` is that of `open_model`, `kept_bytes` that of `ImageFiles`.
+    """
+    from elip_models.profiling.measure import device_named
     from elip_models.saving.open_model import open_model
     from elip_models.vlm.families import refuse_multimodal
 
+    with as_config_error("--device", inner="device"):
+        place = device_named(device)
     with console.status("opening the model"), as_config_error("MODEL", inner="spec"):
-        model = open_model(spec, pretrained=pretrained)
+        model = open_model(spec, pretrained=pretrained, with_head=with_head)
     with as_config_error("MODEL", inner="model"):
         refuse_multimodal(model)
         transform, size = _transform(model)
     console.print(escape(f"images are read at {size}"), soft_wrap=True, highlight=False)
-    files = ImageFiles(paths, transform)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), files
+    files = ImageFiles(paths, transform, kept_bytes=kept_bytes)
+    return model.to(place), files
 
 
 def readable(files: ImageFiles, console: Console) -> "Iterator[tuple[Path, Tensor]]":

@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from elip_models.analysis.calibrate import STRATEGIES
 from elip_models.analysis.feature_measures import cosine
 from elip_models.analysis.merging import merged_image, tokens_of_patches
 from elip_models.analysis.visualize import grid_shape
+from elip_models.calibration.candidates import STRATEGIES
 from elip_models.embedding.encoder import DENSE, Encoder
 from elip_models.engine.encode import encode_image
 from elip_models.images import SampleError, decode_image

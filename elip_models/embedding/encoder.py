@@ -2,20 +2,20 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from elip_models.analysis.feature_measures import output_feature
+from elip_models.analysis.model_features import Function, image_features, text_features
 from elip_models.api import reduce_, strategies_in, unreduce_
 from elip_models.embedding.preprocessing import Preprocessing, preprocessing_of
+from elip_models.profiling.measure import device_named
 from elip_models.profiling.workload import shared_copy
 from elip_models.saving.dense_models import OPEN_CLIP_CONFIG, NewPartsWarning
 from elip_models.saving.files import tensors_sha256
@@ -24,15 +24,13 @@ from elip_models.strategies.dense import Dense
 from elip_models.strategies.flops import check_share
 from elip_models.strategies.serialization import settings_of
 from elip_models.strategies.strategy import Strategy
-from elip_models.towers import ImageTextModel, SelfReducingModel, as_image_text, library_of
+from elip_models.towers import ImageTextModel, SelfReducingModel, as_image_text
 from elip_models.validation import ConfigError, as_config_error
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DENSE = "none"
 """The reduction that leaves a model dense."""
-Function = Callable[[nn.Module, Tensor], Tensor]
-"""A model and images (B, 3, H, W) -> features (B, D)."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class Encoder:
             )
         with as_config_error("texts"):
             tokens = self._image_text.tokenise(self._tokenizer, texts)
-        return _text_features(self.model, {k: v.to(self.device) for k, v in tokens.items()}).float()
+        return text_features(self.model, {k: v.to(self.device) for k, v in tokens.items()}).float()
 
     def reduced(self, reduce: str | Strategy | None, keep: float | None = None) -> "Encoder":
         """Return an encoder with the same weights and another reduction; 'none' for dense."""
@@ -151,17 +149,11 @@ def open_encoder(
         ConfigError: the model cannot be opened, embeds no single images, or an option is wrong.
     """
     model, new_parts = open_embedding_model(name, pretrained)
-    features, feature = _image_features(model, new_parts)
+    features, feature = image_features(model, new_parts)
     preprocessing = preprocessing_of(model, preprocess)
     weights = tensors_sha256(model.state_dict())
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device).cpu()  # raises for the device 'meta'
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(
-            f"device: expected one of this machine, such as 'cuda:1' or 'cpu', got "
-            f"{str(device)!r}: {error!s:.200}"
-        ) from error
+    with as_config_error("device", inner="device"):
+        device = device_named(device)
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision not in DTYPES:
@@ -238,54 +230,3 @@ def _dimension(encoder: Encoder) -> int:
             f"one size, got a {type(encoder.model).__name__}: {error!s:.300}"
         ) from error
     return dimension
-
-
-def _image_features(model: nn.Module, new_parts: Sequence[str]) -> tuple[Function, str]:
-    """Return the function that embeds images, and which output of the model it returns."""
-    if isinstance(model, SelfReducingModel):
-        if not model.ranks:
-            raise ConfigError(
-                f"model: expected one that embeds an image without its text, got a "
-                f"{type(model).__name__}, which scores pairs"
-            )
-        return (lambda model, x: model.image_features(x)), "image_features, normalised"
-    library = library_of(model)
-    if library == "open_clip" and hasattr(model, "encode_image"):
-        return (lambda model, x: model.encode_image(x)), "encode_image"
-    if library == "timm":
-        if hasattr(model, "reset_classifier"):
-            model.reset_classifier(0)
-        return (lambda model, x: output_feature(model(x))), "pooled feature before the classifier"
-    if library != "transformers":
-        raise ConfigError(
-            f"model: expected one of timm, open_clip, transformers or this library, got a "
-            f"{type(model).__module__}.{type(model).__name__}"
-        )
-    if hasattr(model, "get_image_features"):
-        name = "get_image_features"
-        return (lambda model, x: model.get_image_features(pixel_values=x).pooler_output), name
-    if hasattr(model, "vision_proj"):  # BLIP for retrieval
-        return _blip_features, "vision_proj of the class token, normalised"
-    if set(new_parts) - {"pooler"}:
-        raise ConfigError(f"model: expected weights for all parts, got none for {new_parts}")
-    if new_parts:
-        name = "class token of last_hidden_state"
-        return (lambda model, x: model(pixel_values=x).last_hidden_state[:, 0]), name
-    return (lambda model, x: output_feature(model(pixel_values=x))), "pooled output"
-
-
-def _blip_features(model: nn.Module, pixels: Tensor) -> Tensor:
-    tokens = model.vision_model(pixel_values=pixels).last_hidden_state
-    return F.normalize(model.vision_proj(tokens[:, 0]), dim=-1)
-
-
-def _text_features(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
-    """Return the features of tokenised texts, in the space of `_image_features`."""
-    if isinstance(model, SelfReducingModel):
-        return model.text_features(**tokens)
-    if hasattr(model, "encode_text"):
-        return model.encode_text(**tokens)
-    if hasattr(model, "get_text_features"):
-        return model.get_text_features(**tokens).pooler_output
-    text = model.text_encoder(**tokens).last_hidden_state
-    return F.normalize(model.text_proj(text[:, 0]), dim=-1)

@@ -108,6 +108,23 @@ def memory_kind(device: torch.device) -> str:
     return "peak of a step" if device.type == "cuda" else "bytes saved for backward"
 
 
+def device_named(name: str | torch.device | None) -> torch.device:
+    """Return a device of this machine; None for the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: the machine has no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device).cpu()  # raises for the device 'meta'
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"device: expected one of this machine, such as 'cuda:1' or 'cpu', got "
+            f"{str(name)!r}: {error!s:.200}"
+        ) from error
+    return device
+
+
 def measured_on(device: torch.device) -> dict[str, str | int]:
     """Return the device, its threads and the version of torch, for the header of a result."""
     on_gpu = device.type == "cuda"

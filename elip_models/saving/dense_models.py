@@ -102,6 +102,29 @@ def _load(config: Path, weights: Path, make: Callable[[], nn.Module]) -> nn.Modu
     return model.eval()
 
 
+def class_in(described: dict[str, Any], where: str | Path) -> Any:
+    """Return the class of transformers that a config names, with its head, or AutoModel.
+
+    Raises:
+        ValueError: the class is none of transformers.
+    """
+    import transformers
+
+    names = described.get("architectures") or ["AutoModel"]
+    name = names[0] if isinstance(names, list) else names
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if kind is not transformers.AutoModel and not (
+        isinstance(kind, type)
+        and issubclass(kind, transformers.PreTrainedModel)
+        and kind.__module__.startswith("transformers.models.")
+    ):
+        raise ValueError(
+            f"model: expected a model loaded by its own class, {name!r:.100} in {where}, "
+            "which is no model class of transformers, got None"
+        )
+    return kind
+
+
 def load_transformers(
     name: str | Path, kind: Any, config: Any, *, new_parts: bool = False
 ) -> nn.Module:

@@ -22,7 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from elip_models.saving.dense_models import CONFIG, OPEN_CLIP_CONFIG, from_config, load_transformers
+from elip_models.saving.dense_models import (
+    CONFIG,
+    OPEN_CLIP_CONFIG,
+    class_in,
+    from_config,
+    load_transformers,
+)
 from elip_models.saving.files import read_config, read_object
 from elip_models.saving.hub import fetch_folder
 from elip_models.saving.meta_build import check_config, library_errors
@@ -43,7 +49,9 @@ IMAGE_SIZE = {"timm": "img_size", "open_clip": "force_image_size"}
 """Library -> its option for the image size; of other models it is a field of the config."""
 
 
-def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Module:
+def open_model(
+    spec: str, *, pretrained: bool = True, with_head: bool = False, **options: Any
+) -> nn.Module:
     """Open the model that `spec` names, in eval mode.
 
     With `pretrained=False` under `with torch.device("meta"):`, the model takes no memory. Code in a
@@ -62,6 +70,8 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
             `save_reduced`, whose model is reduced, of `save_pretrained`, or of a run, which has
             such a folder as `model`. A folder without weights needs `pretrained=False`.
         pretrained: load weights; False for random weights. Names of `list_models` have no weights.
+        with_head: open a model of transformers by the class that its config names, with its
+            classifier or language model. False: without, as AutoModel does.
         options: of timm.create_model or open_clip.create_model, or fields of the config.
 
     Raises:
@@ -73,15 +83,18 @@ def open_model(spec: str, *, pretrained: bool = True, **options: Any) -> nn.Modu
     if not isinstance(spec, str):
         raise TypeError(f"spec: expected a text, {FORMS}, got {type(spec).__name__}")
     check("pretrained", pretrained, bool)
+    check("with_head", with_head, bool)
     recover(spec.removeprefix("hf:"))
     library, name = split_spec(spec)
     if library is not None:
         with require_extra("open_model"), missing_files_as_value_error("spec", spec):
+            if library == "hf":
+                return _open_hf(name, pretrained, options, with_head).eval()
             return OPENERS[library](name, pretrained, options).eval()
     if (source := source_of_name(spec)) is not None:
         return source.create_model(spec, pretrained, **options).eval()
     if os.path.isdir(spec):
-        return _from_folder(model_folder(spec), pretrained, options).eval()
+        return _from_folder(model_folder(spec), pretrained, options, with_head).eval()
     raise ValueError(f"spec: expected {FORMS}, got {spec!r}{_with_library(spec)}")
 
 
@@ -186,7 +199,9 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
             raise OSError(str(error)) from error
 
 
-def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def _open_hf(
+    name: str, pretrained: bool, options: dict[str, Any], with_head: bool = False
+) -> nn.Module:
     from transformers import AutoConfig, AutoModel, BlipForImageTextRetrieval, PretrainedConfig
 
     if "@" in name and not os.path.exists(name):
@@ -207,6 +222,7 @@ def _open_hf(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
             config.architectures or [BlipForImageTextRetrieval.__name__]
         )
         kind = BlipForImageTextRetrieval if config.model_type == "blip" and ranks else AutoModel
+        kind = class_in(described, name) if with_head else kind
         if not pretrained:
             return from_config(kind, config)
     return load_transformers(name, kind, config, new_parts=True)
@@ -219,7 +235,9 @@ OPENERS: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
 }
 
 
-def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def _from_folder(
+    folder: Path, pretrained: bool, options: dict[str, Any], with_head: bool = False
+) -> nn.Module:
     if is_saved_reduction(folder):
         if options or not pretrained:
             raise ValueError(
@@ -235,7 +253,7 @@ def _from_folder(folder: Path, pretrained: bool, options: dict[str, Any]) -> nn.
     if not (folder / CONFIG).is_file():
         raise ValueError(f"spec: expected {FORMS}, got a folder with no {CONFIG} in it, {folder}")
     if "model_type" in read_object(folder / CONFIG):
-        return _open_hf(str(folder), pretrained, options)
+        return _open_hf(str(folder), pretrained, options, with_head)
     if "architecture" in read_object(folder / CONFIG):
         raise ValueError(
             f"spec: expected 'timm:local-dir:{folder}' for a dense model of timm, got '{folder}'"

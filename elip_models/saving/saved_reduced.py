@@ -28,6 +28,7 @@ from elip_models.saving.dense_models import (
     ADAPTER,
     CONFIG,
     OPEN_CLIP_CONFIG,
+    class_in,
     load_open_clip,
     load_timm,
     load_transformers,
@@ -279,21 +280,10 @@ def _open_dense(folder: Path) -> nn.Module:
 def _open_transformers(folder: Path, described: dict[str, Any]) -> nn.Module:
     import transformers
 
-    names = described.get("architectures") or ["AutoModel"]
-    name = names[0] if isinstance(names, list) else names
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    kind = class_in(described, folder / CONFIG)
     is_auto = kind is transformers.AutoModel
-    if not is_auto and not (
-        isinstance(kind, type)
-        and issubclass(kind, transformers.PreTrainedModel)
-        and kind.__module__.startswith("transformers.models.")
-    ):
-        raise ValueError(
-            f"model: expected a model loaded by its own class, {name!r:.100} in {folder / CONFIG}, "
-            "which is no model class of transformers, got None"
-        )
     check_config(folder / CONFIG, described)
-    with library_errors(folder / CONFIG, f"a config of {name}"):
+    with library_errors(folder / CONFIG, f"a config of {kind.__name__}"):
         reader = transformers.AutoConfig if is_auto else kind.config_class
         options = {"trust_remote_code": False} if is_auto else {}
         config = reader.from_pretrained(folder, **options)

@@ -18,7 +18,6 @@ from typing import Any
 from elip_models.strategies import STRATEGIES
 from elip_models.strategies.dense import Dense
 from elip_models.strategies.schedule import Schedule
-from elip_models.strategies.strategy import Strategy
 from elip_models.validation import PositiveInt, as_config_error, check, did_you_mean, shortened
 
 VERSION = 1
@@ -81,8 +80,8 @@ def check_stored(saved: Any, known: Iterable[str]) -> None:
     _check_keys("", saved, known=known)
 
 
-def read_strategy(path: str) -> Strategy:
-    """Return the strategy in a JSON file that `elip_models.calibrate` wrote.
+def read_strategy(path: str, named: Mapping[str, type] = NAMED) -> Any:
+    """Return the strategy of the table `named` in a JSON file that `elip_models.calibrate` wrote.
 
     Raises:
         ValueError: there is no such file, or its content is not a strategy.
@@ -91,7 +90,7 @@ def read_strategy(path: str) -> Strategy:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         if isinstance(saved, dict):
             saved.pop("calibration", None)
-        return strategy_of(saved)
+        return strategy_of(saved, named)
     except (OSError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"strategy: expected a file that `elip calibrate` wrote, got {shortened(path)}: {error}"

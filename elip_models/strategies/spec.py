@@ -6,7 +6,7 @@ A strategy is written as one line: a name in `STRATEGIES`, then its settings.
     tome:r=13
     evit:keep_ratio=0.7,layers=3,6,9
     elip:scorer=exact,schedule=2(100%) 4(50%)
-    calibrated.json                          a file that `elip calibrate` wrote
+    calibrated/best.json                     a file that `elip calibrate` wrote
 """
 
 import re

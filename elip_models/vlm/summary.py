@@ -73,10 +73,10 @@ class MultimodalSummary:
         read = (kept,) * depth if inside is None else inside.kept(kept, depth, keep_inside)
         read = tuple(count * reads for count, reads in zip(read, readers, strict=True))
         dense = tuple(tokens * reads for reads in readers)
-        reduced = _prefill_flops(multimodal, read)
+        reduced = prefill_flops(multimodal, read)
         if kept < tokens and strategy is not None:
             reduced += strategy.flops(tokens, multimodal.text_config.hidden_size)
-        share = reduced / _prefill_flops(multimodal, dense)
+        share = reduced / prefill_flops(multimodal, dense)
         width = _cache_width(multimodal)
         return cls(
             strategy,
@@ -135,7 +135,7 @@ def _tokens_of_an_image(multimodal: Multimodal) -> tuple[int, str]:
     return EXAMPLE_TOKENS, "an example image"
 
 
-def _prefill_flops(multimodal: Multimodal, tokens: Sequence[int]) -> int:
+def prefill_flops(multimodal: Multimodal, tokens: Sequence[int]) -> int:
     """Return the FLOPs of the language model's layers, each for a sequence of so many tokens."""
     layers = multimodal.language_model.layers
     config = multimodal.text_config

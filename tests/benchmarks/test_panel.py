@@ -13,7 +13,7 @@ from sklearn.metrics import jaccard_score
 
 from benchmarks.real import camvid, dinov2, panel, panel_tables, sets
 from benchmarks.real.measures import OWN
-from elip_models.intervals import LEVEL, Interval, paired_interval
+from elip_models.intervals import Interval, paired_interval
 
 SETTINGS = "tome 0.5, resize 0.5"
 
@@ -103,20 +103,6 @@ def test_the_mean_of_sets_has_the_interval_of_a_mean_of_independent_sets():
     sets_ = [Interval(0.0, -0.03, 0.03), Interval(-0.04, -0.08, 0.0)]
     mean = panel_tables.mean_over_sets(sets_)
     assert mean == pytest.approx((-0.02, -0.045, 0.005))
-
-
-def test_a_paired_interval_holds_its_level_when_few_trials_differ():
-    count, chances = 372, (0.003, 0.008, 0.989)
-    drawn = np.random.default_rng(0).multinomial(count, chances, size=4000)
-    truth = chances[0] - chances[1]
-    covers = [
-        low <= truth <= high
-        for gains, losses, _ in drawn
-        for _, low, high in [paired_interval(gains, losses, count)]
-    ]
-    assert np.mean(covers) >= LEVEL
-    mean, low, high = paired_interval(1, 3, 372)
-    assert (mean, low, high) == pytest.approx((-2 / 372, -0.0182, 0.0075), abs=1e-4)
 
 
 @pytest.fixture

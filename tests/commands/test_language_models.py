@@ -26,7 +26,7 @@ def test_a_language_model_is_one_line_that_names_its_tower(
     arguments = {
         "export": ("out.onnx",),
         "distill": (folder / "images", "--output", "out"),
-        "calibrate": (folder / "images", "--output", "out.json"),
+        "calibrate": (folder / "images", "--output", "out"),
     }[command]
     assert elip(command, f"hf:{folder / 'llava'}", *arguments) == 2
     error = "error: MODEL: expected an image model or an image-text model, got a multimodal langu"

@@ -18,7 +18,7 @@ from tests.helpers.damage import damaged, picture
 COMMANDS = {
     "embed": ["{images}", "--model", "{model}", "--output", "out", "--workers", "0"],
     "search": ["{images}", "a dog"],
-    "calibrate": ["{model}", "{images}", "--labels", "{file}", "--output", "out.json"],
+    "calibrate": ["{model}", "{images}", "--labels", "{file}", "--output", "out"],
     "distill": ["{model}", "{images}", "--output", "out", "--steps", "1", "--batch-size", "1"],
     "export": ["{model}", "out.onnx"],
 }
@@ -26,7 +26,7 @@ OPTIONS = {
     "embed": "reduce keep preprocess min-cosine precision device image-column key-column "
     "keep-columns shard-size embedding-dtype output",
     "search": "top model device",
-    "calibrate": "labels metric tolerance count seed output",
+    "calibrate": "labels task compare dtype device tolerance count seed output",
     "distill": "strategy keep lr lora-rank seed output",
     "export": "strategy keep batch image-size",
 }

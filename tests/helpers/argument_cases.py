@@ -266,12 +266,20 @@ TABLE |= {
     elip_models.calibrate: (
         lambda: good_images() | {"strategies": ["tome"], "tolerance": 0.5, "time": False},
         features
-        | {name: [1, None] for name in ("class_token_only", "every", "time")}
+        | {name: [1, None] for name in ("class_token_only", "compile", "every", "time")}
+        | {name: [-1, 0.5, None] for name in ("distill", "seed")}
         | {
             "tolerance": [None, 0, -1, "0.1", 1.5],
             "labels": [3, [0, 1], torch.zeros(8, dtype=torch.long), torch.arange(7)],
-            "metric": ["cosin", 3, lambda *_: 0.1, lambda *_: torch.full((8,), torch.nan)],
+            "task": ["cosin", 3, lambda *_: 0.1, lambda *_: torch.full((4,), torch.nan)],
             "strategies": ["tome", [3]],
+            "compare": ["tome 0.5", [3], ["tmoe"]],
+            "names": ["a", ["a"]],
+            "dtype": ["fp32"],
+            "folder": [3],
+            "metric": [],
+            "announce": [],
+            "save": [],
         },
     ),
     elip_models.distill: (
@@ -285,7 +293,8 @@ TABLE |= {
     elip_models.list_strategies: (dict, {"model": ["vit", timm.create_model("resnet18")]}),
     elip_models.open_model: (
         lambda: {"spec": "clip_tiny", "pretrained": False},
-        {"spec": [None, 3, "nope", "timm:nope"], "pretrained": [1, None]},
+        {"spec": [None, 3, "nope", "timm:nope"]}
+        | {name: [1, None] for name in ("pretrained", "with_head")},
     ),
     elip_models.adapt_: (
         lambda: {

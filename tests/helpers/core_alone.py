@@ -40,8 +40,8 @@ def guide_and_encode(model, images):
 
 
 def calibrate_and_distill(model, images):
-    calibration = elip_models.calibrate(model, images, strategies=("tome",), time=False)
-    assert calibration.trials
+    results = elip_models.calibrate(model, images, strategies=("tome",), time=False)
+    assert results.settings
     elip_models.distill(model, images, keep=0.5, steps=2, batch_size=4)
     assert elip_models.is_reduced(model)
 

@@ -27,6 +27,7 @@ FLOORS = (
     ("elip_models.profiling",),
     ("elip_models.analysis",),
     ("elip_models.recovery", "elip_models.integrations"),
+    ("elip_models.calibration",),
     ("elip_models.pretraining.data",),
     ("elip_models.pretraining.models",),
     ("elip_models.pretraining.checkpoints", "elip_models.pretraining.tasks"),

@@ -158,7 +158,7 @@ def test_the_wheel_has_what_it_needs_and_nothing_else(built):
     found = {name for name in zipfile.ZipFile(file).namelist() if ".dist-info/" not in name}
     packages = [ROOT / "elip_kernels", ROOT / "elip_models"]
     files = [path for package in packages for path in package.rglob("*") if path.is_file()]
-    kept = {path for path in files if path.suffix in (".py", ".yaml", ".typed")}
+    kept = {path for path in files if path.suffix in (".py", ".yaml", ".typed", ".j2")}
     assert found == {str(path.relative_to(ROOT)) for path in kept}
 
 

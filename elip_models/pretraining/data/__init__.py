@@ -3,7 +3,7 @@
 from elip_models.validation import DataError, require_extra
 
 with require_extra("elip_models.pretraining.data"):
-    from elip_models.pretraining.data.answers import soft_scores
+    from elip_models.analysis.answer_scores import soft_scores
     from elip_models.pretraining.data.caption_rules import apply_caption_rule
     from elip_models.pretraining.data.class_sources import ClassSource, open_classes
     from elip_models.pretraining.data.derived_sources import MixedSource

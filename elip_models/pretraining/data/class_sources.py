@@ -17,11 +17,11 @@ are those of timm, and "a photo of a dog." is the only template.
 
 import io
 import os
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from elip_models.calibration.class_names import Template, imagenet_names, prompt_templates
 from elip_models.images import SampleError, decode_image
 from elip_models.pretraining.data.data_spec import (
     FileSpec,
@@ -32,14 +32,12 @@ from elip_models.pretraining.data.data_spec import (
 )
 from elip_models.pretraining.data.json_files import read_json, validate
 from elip_models.pretraining.data.samples import Example, Sample, Source, check_index
-from elip_models.pretraining.data.scene_captions import with_article
 from elip_models.pretraining.data.scenes import EmojiClasses
 from elip_models.validation import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Template = Callable[[str], str]
 _FORMS = (
     "emoji_classes:size=600, datasets:NAME_OR_FOLDER,split=test, or a folder with a folder of "
     "images per class"
@@ -61,10 +59,6 @@ class ClassSource(Source, Protocol):
 
     def sample_id(self, index: int) -> str:
         """Return the id of a sample without decoding the image."""
-
-
-def _photo_template(name: str) -> str:
-    return f"a photo of {with_article(name)}."
 
 
 class LabelledImages:
@@ -119,11 +113,7 @@ class LabelledImages:
     @property
     def templates(self) -> tuple[Template, ...]:
         """Templates of open_clip, or a default; not stored, since functions cannot be pickled."""
-        if find_spec("open_clip") is None:
-            return (_photo_template,)
-        from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-        return tuple(OPENAI_IMAGENET_TEMPLATES)
+        return prompt_templates()
 
 
 def _only_column(table: "Dataset", kind: type, name: str | None) -> str:
@@ -223,21 +213,10 @@ def _named_classes(
     elif source is None and not set(classes) <= set(ids):
         names = {name: name.replace("_", " ") for name in classes}
     else:
-        names = dict(zip(ids, _imagenet_names(), strict=True))
+        names = dict(zip(ids, imagenet_names(), strict=True))
     if missing := [name for name in classes if name not in names]:
         raise ValueError(
             f"names: expected a name for each of the {len(classes)} classes, got none for "
             f"{shortened(missing[0])} in {source}; add it to a JSON file of names"
         )
     return tuple(classes), tuple(names[name] for name in classes)
-
-
-def _imagenet_names() -> Sequence[str]:
-    if find_spec("open_clip") is None:
-        from timm.data import ImageNetInfo
-
-        texts = ImageNetInfo("imagenet-1k").label_descriptions()
-        return [text.partition(",")[0] for text in texts]
-    from open_clip import IMAGENET_CLASSNAMES
-
-    return IMAGENET_CLASSNAMES

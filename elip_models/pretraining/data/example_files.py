@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from elip_models.analysis.answer_scores import normalise_answer
 from elip_models.images import SampleError
-from elip_models.pretraining.data.answers import normalise_answer
 from elip_models.pretraining.data.data_spec import FileSpec, expand_user
 from elip_models.pretraining.data.file_rows import (
     FileRow,

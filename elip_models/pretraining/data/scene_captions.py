@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from random import Random
 
+from elip_models.calibration.class_names import with_article
 from elip_models.pretraining.data.scene_sampling import SIDES, Group, Scene
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
@@ -15,11 +16,6 @@ TEMPLATES = {
     "{related} on {background} background": 2,
 }
 """Template of a caption: the largest number of groups that it names."""
-
-
-def with_article(name: str) -> str:
-    """Return "a dog" for "dog" and "an owl" for "owl"."""
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def plural(name: str) -> str:

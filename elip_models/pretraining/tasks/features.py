@@ -1,10 +1,9 @@
-"""Features of images and texts, each encoded alone, and their ranking, for evaluation.
+"""Features of images and texts, each encoded alone, for evaluation.
 
 An image is never encoded with its own text: if a text guided the reduction of its image, the kept
 tokens would reveal which image belongs to the text.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elip_kernels.autocast import no_autocast
 from elip_models.user_warnings import UnguidedWarning, ignoring
 
 if TYPE_CHECKING:
@@ -20,9 +18,6 @@ if TYPE_CHECKING:
 
     from elip_models.pretraining.data import EvaluationBatch
     from elip_models.pretraining.models.base import PretrainedModel
-
-TIE_TOLERANCE = 1e-6
-"""Similarities closer than this are a tie, so that rounding errors do not decide."""
 
 Progress = Callable[[str, int, int], object]
 """Called with what is counted, such as "sample", how many of them are done, and their number."""
@@ -81,19 +76,3 @@ def encode_texts(
             features.append(model.text_features(**tokens).float())
             progress("text", start + len(chunk), len(texts))
     return torch.cat(features)
-
-
-def similarities(queries: Tensor, candidates: Tensor) -> Tensor:
-    """Return the products (Q, C) of features (Q, E) and (C, E), in fp32 also under autocast."""
-    with no_autocast(queries):
-        return queries @ candidates.T
-
-
-def ranks_of(similarity: Tensor, relevant: Tensor) -> Tensor:
-    """Return (Q,): how many candidates rank before the best relevant one, ties and NaN included.
-
-    Both arguments are (Q, C); each row has at least one relevant candidate.
-    """
-    best = similarity.masked_fill(~relevant, -math.inf).amax(dim=1, keepdim=True)
-    behind = similarity < best - TIE_TOLERANCE
-    return (~behind & ~relevant).sum(dim=1)

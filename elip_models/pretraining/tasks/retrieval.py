@@ -14,13 +14,11 @@ A model without features (METER) scores every pair, and one without ITM (CLIP) r
 Images are encoded without text. With `guided`, a *query* caption guides the reduction of its
 candidate images during re-ranking. An image that is the query is never reduced by a caption.
 Recall is ours, since torchmetrics has neither several captions for an image nor this rule on ties.
-Similarities are computed for `CHUNK` queries at once: the whole matrix of 100,000 images with five
-captions each has 200 GB.
 Source: ALBEF (Li et al., 2021), section 4; BLIP (Li et al., 2022).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
@@ -28,16 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elip_models.analysis.ranking import ranks_by_image, similarities, similarities_in_chunks
 from elip_models.intervals import Interval, score_interval
 from elip_models.pretraining.data import DataError, Sample, Source, open_source
 from elip_models.pretraining.data.derived_sources import group_by_image
 from elip_models.pretraining.data.samples import image_number
-from elip_models.pretraining.tasks.features import (
-    check_features,
-    encode_texts,
-    ranks_of,
-    similarities,
-)
+from elip_models.pretraining.tasks.features import check_features, encode_texts
 from elip_models.pretraining.tasks.task import (
     EvaluationRun,
     Prediction,
@@ -54,7 +48,6 @@ if TYPE_CHECKING:
 
 KS = (1, 5, 10)
 RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in KS)
-CHUNK = 1024
 MAX_DRAWS = 1000  # draws for one caption of another image
 
 
@@ -66,8 +59,8 @@ def recall_at_k(
     `text_to_image` (T,) is the row of the image that each text describes.
     """
     numbers = torch.arange(len(images), device=text_to_image.device)
-    of_images, _ = _ranks(_similar(images, texts), numbers, text_to_image)
-    of_texts, _ = _ranks(_similar(texts, images), text_to_image, numbers)
+    of_images, _ = ranks_by_image(similarities_in_chunks(images, texts), numbers, text_to_image)
+    of_texts, _ = ranks_by_image(similarities_in_chunks(texts, images), text_to_image, numbers)
     ways = {"image_to_text": of_images, "text_to_image": of_texts}
     return {f"{way}_r{k}": (ways[way] < k).double().mean().item() for way in ways for k in ks}
 
@@ -98,28 +91,6 @@ def chance_level(
         missed = sum(math.comb(num_texts - count, k) / ways if ways else 0.0 for count in counts)
         chance[f"image_to_text_r{k}"] = 1.0 - missed / num_images
     return chance | {f"text_to_image_r{k}": min(1.0, k / num_images) for k in ks}
-
-
-def _similar(queries: Tensor, candidates: Tensor) -> Iterator[Tensor]:
-    """Yield the similarities (.., C) of all queries, of `CHUNK` at once."""
-    return (similarities(chunk, candidates) for chunk in queries.split(CHUNK))
-
-
-def _ranks(
-    rows: Iterable[Tensor], query_images: Tensor, candidate_images: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the rank of the first correct candidate of each query, and its best one, (Q,) each.
-
-    `rows` are the scores (.., C) of some queries at once, in order. A candidate is correct if its
-    image is that of the query.
-    """
-    ranks, best, start = [], [], 0
-    for scores in rows:
-        own = query_images[start : start + len(scores)]
-        ranks.append(ranks_of(scores, own[:, None] == candidate_images))
-        best.append(scores.argmax(1))
-        start += len(scores)
-    return torch.cat(ranks), torch.cat(best)
 
 
 class _Index(NamedTuple):
@@ -229,10 +200,11 @@ class Retrieval(Task):
                     for from_text in (False, True)
                 )
             else:
-                of_images, of_texts = _similar(images, texts), _similar(texts, images)
+                of_images = similarities_in_chunks(images, texts)
+                of_texts = similarities_in_chunks(texts, images)
             numbers = torch.arange(len(index.names), device=owners.device)
-            image_ranks, best = _ranks(of_images, numbers, owners)
-            text_ranks, _ = _ranks(of_texts, owners, numbers)
+            image_ranks, best = ranks_by_image(of_images, numbers, owners)
+            text_ranks, _ = ranks_by_image(of_texts, owners, numbers)
         baselines = {"chance": chance_level(owners, len(numbers))}
         if matches and images is not None:
             baselines["features"] = recall_at_k(images, texts, owners)

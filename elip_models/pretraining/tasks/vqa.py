@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from elip_models.analysis.answer_scores import vqa_accuracy
 from elip_models.pretraining.data import Example, ExampleSource, soft_scores, tokenize
-from elip_models.pretraining.data.answers import vqa_accuracy
 from elip_models.pretraining.data.derived_sources import AnswerableExamples
 from elip_models.pretraining.tasks.class_tasks import ClassTask
 from elip_models.pretraining.tasks.task import Preprocessor

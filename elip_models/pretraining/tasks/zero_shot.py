@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elip_models.analysis.ranking import ranks_of, similarities
 from elip_models.intervals import score_interval
 from elip_models.pretraining.data import ClassSource, open_classes
 from elip_models.pretraining.tasks.features import (
@@ -22,8 +23,6 @@ from elip_models.pretraining.tasks.features import (
     encode_images,
     encode_texts,
     no_progress,
-    ranks_of,
-    similarities,
 )
 from elip_models.pretraining.tasks.task import EvaluationRun, EvaluationTask, TaskScores
 

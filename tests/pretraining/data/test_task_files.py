@@ -7,6 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 
+from elip_models.analysis.answer_scores import vqa_accuracy
 from elip_models.images import SampleError
 from elip_models.pretraining.data import (
     check_source,
@@ -15,7 +16,6 @@ from elip_models.pretraining.data import (
     open_source,
     soft_scores,
 )
-from elip_models.pretraining.data.answers import vqa_accuracy
 from tests.helpers.task_files import draw, write
 
 

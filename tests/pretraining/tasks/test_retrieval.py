@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from elip_models.analysis import ranking
 from elip_models.pretraining.data import (
     EmojiScenes,
     MixedSource,
     train_tokenizer,
 )
 from elip_models.pretraining.models.registry import create_model
-from elip_models.pretraining.tasks import retrieval
 from elip_models.pretraining.tasks.retrieval import (
     Retrieval,
     chance_level,
@@ -42,7 +42,7 @@ def captions_of_images(num_images, seed):
 @pytest.mark.parametrize("levels", [2, 5, None], ids=["many-ties", "ties", "no-ties"])
 @pytest.mark.parametrize("num_images", [1, 7, 40])
 def test_recall_equals_its_definition(num_images, levels, monkeypatch):
-    monkeypatch.setattr(retrieval, "CHUNK", 3)  # queries that are ranked at once
+    monkeypatch.setattr(ranking, "CHUNK", 3)  # queries that are ranked at once
     text_to_image = captions_of_images(num_images, seed=num_images)
     similarity = torch.rand(num_images, len(text_to_image), dtype=torch.float64)
     if levels:

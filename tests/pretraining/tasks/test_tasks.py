@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from elip_models.analysis.answer_scores import vqa_accuracy
 from elip_models.intervals import wilson_interval
 from elip_models.pretraining.data import DataError, Example
-from elip_models.pretraining.data.answers import vqa_accuracy
 from elip_models.pretraining.tasks.registry import get_task
 from elip_models.pretraining.tasks.vqa import VQA
 from tests.helpers.task_cases import (

@@ -1,4 +1,4 @@
-"""Scores of answers: METER's targets, and the official VQA accuracy.
+"""Scores of answers: METER's targets, the official VQA accuracy, exact match and ANLS.
 
 `vqa_accuracy` follows the rule of the official `vqaEval.py`:
 
@@ -17,6 +17,7 @@ is also the file of ALBEF and ELIP (`vqaTools/vqaEval.py`).
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -92,3 +93,35 @@ def vqa_accuracy(answers: dict[str, float], predicted: str) -> float:
     of_people = strip_punctuation if len(answers) > 1 else str
     share = sum(share for answer, share in answers.items() if of_people(answer) == wanted)
     return soft_scores({wanted: share})[wanted]
+
+
+def exact_match(answers: Sequence[str], predicted: str) -> float:
+    """Return 1 if the prediction is one of the answers after `normalise_answer`, else 0."""
+    wanted = normalise_answer(predicted)
+    return float(any(normalise_answer(answer) == wanted for answer in answers))
+
+
+def anls(answers: Sequence[str], predicted: str) -> float:
+    """Return the normalised Levenshtein similarity to the nearest answer, 0 below one half.
+
+    Case and spaces at the ends do not count. Source: ST-VQA (Biten et al., 2019), whose mean over
+    questions is ANLS.
+    """
+    similarity = max(_similarity(_folded(answer), _folded(predicted)) for answer in answers)
+    return similarity if similarity >= 0.5 else 0.0
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _similarity(a: str, b: str) -> float:
+    """Return 1 minus the edits between two texts, divided by the length of the longer one."""
+    edits = list(range(len(b) + 1))
+    for i, letter in enumerate(a, start=1):
+        before, edits[0] = edits[0], i
+        for j, other in enumerate(b, start=1):
+            replaced = before + (letter != other)
+            before = edits[j]
+            edits[j] = min(replaced, before + 1, edits[j - 1] + 1)
+    return 1 - edits[-1] / max(len(a), len(b), 1)

@@ -1,0 +1,102 @@
+"""Choose a setting on one part of the images, and judge it on the other.
+
+The fastest of many settings is a lucky one: its own interval on the images that chose it promises
+too much. So half of the images choose, and the other half measures the choice once.
+
+A setting is non-inferior if the lower end of the 95% interval of its difference from the dense
+model, paired by image, is above minus the tolerance. A setting that loses the tolerance or more
+passes with a probability of at most 2.5%. Source: Piaggio et al. (2012), the extension of the
+CONSORT statement to non-inferiority trials.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from elip_models.calibration.task import Measure, ratio
+from elip_models.intervals import Interval, interval_of_totals, paired_interval
+
+
+class Parts(NamedTuple):
+    """The numbers of the images of each part, ascending."""
+
+    chosen_on: tuple[int, ...]
+    held_back: tuple[int, ...]
+
+
+def split(count: int, groups: Sequence[int] | None, *, seed: int) -> Parts:
+    """Return two random halves of images 0 .. `count` - 1.
+
+    Args:
+        count: all images; of an odd number the first part has one more.
+        groups: a number for each image; each half has half of the images of each number, or one
+            more. None: all images are one group.
+        seed: of the draw.
+    """
+    drawn = np.random.default_rng(seed).permutation(count)
+    if groups is not None:
+        drawn = drawn[np.argsort(np.asarray(groups)[drawn], kind="stable")]
+    halves = (np.sort(drawn[first::2]).tolist() for first in (0, 1))
+    return Parts(*map(tuple, halves))
+
+
+def difference(reduced: Measure, dense: Measure) -> Interval:
+    """Return a measure of the reduced model minus that of the dense one, on the same images.
+
+    The interval is that of `paired_interval` if each image is right or wrong, which holds its level
+    when few images differ; else the percentile bootstrap of images. If no image differs, it is that
+    of `paired_interval`, whose width is never 0.
+
+    Args:
+        reduced: the totals of each image for the reduced model.
+        dense: those for the dense model, row by row of the same images.
+
+    Raises:
+        ValueError: the two measures have other numbers of images or of totals.
+    """
+    if reduced.rows.shape != dense.rows.shape:
+        raise ValueError(
+            "`reduced` and `dense` must have rows of the same images, got shapes "
+            f"{reduced.rows.shape} and {dense.rows.shape}. Measure both models on the same images."
+        )
+    if (_is_share(reduced) and _is_share(dense)) or (reduced.rows == dense.rows).all():
+        gaps = (reduced.rows - dense.rows)[:, 0]
+        return paired_interval(int((gaps > 0).sum()), int((gaps < 0).sum()), len(gaps))
+    width = reduced.rows.shape[1]
+
+    def gap(totals: np.ndarray) -> np.ndarray:
+        return reduced.statistic(totals[:, :width]) - dense.statistic(totals[:, width:])
+
+    return interval_of_totals(np.hstack([reduced.rows, dense.rows]), gap)
+
+
+def is_within(interval: Interval, tolerance: float) -> bool:
+    """Return whether a setting with this difference from dense is non-inferior."""
+    return interval.low > -tolerance
+
+
+def images_needed(interval: Interval, count: int, tolerance: float) -> int | None:
+    """Return about how many images would show that a setting is within the tolerance.
+
+    The width of an interval falls with the root of the number of images.
+
+    Args:
+        interval: the difference from dense.
+        count: the number of images that it was measured on.
+        tolerance: the largest loss.
+
+    Returns:
+        The number of images of such a part, or None if the difference itself is not within.
+    """
+    margin = interval.mean + tolerance
+    if margin <= 0:
+        return None
+    return math.ceil(count * ((interval.mean - interval.low) / margin) ** 2)
+
+
+def _is_share(measure: Measure) -> bool:
+    """Return whether each image counts once, and is right or wrong."""
+    right, all_ = measure.rows[:, 0], measure.rows[:, -1]
+    return measure.statistic is ratio and bool(np.isin(right, (0, 1)).all() and (all_ == 1).all())

@@ -1,0 +1,254 @@
+"""The report of a calibration as HTML and as Markdown, in the words of a practitioner.
+
+A loss is the dense measure minus the reduced one, in points: hundredths of the measure.
+"""
+
+import base64
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from elip_models.calibration import chart
+from elip_models.calibration.choice import is_within
+from elip_models.intervals import RESAMPLES, Interval
+
+if TYPE_CHECKING:
+    from elip_models.calibration.results import Results, Setting
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    role: str
+    cells: list[str]
+
+
+def html(results: "Results") -> str:
+    """Return one HTML file that needs no other."""
+    return _rendered("report.html.j2", results)
+
+
+def markdown(results: "Results") -> str:
+    """Return the same facts as Markdown."""
+    return _rendered("report.md.j2", results)
+
+
+def _rendered(template: str, results: "Results") -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"code": _with_code, "base64": _base64, "plain": _plain_markdown}
+    return environment.get_template(template).render(
+        results=results,
+        meaning=meaning(results),
+        columns=columns(results, results.measures),
+        rows=rows(results, results.measures),
+        legend=legend(results),
+        method=method(results),
+        chart=chart.loss_against_cost(results),
+        shapes=chart.SHAPES,
+        size=chart,
+        cost=cost_name(results),
+        points=points,
+        dense={name: interval(score) for name, score in results.dense.items()},
+        shown=next(
+            (setting for setting in (results.chosen, nearest(results)) if setting is not None), None
+        ),
+    )
+
+
+def number(share: float) -> str:
+    """Return a share in points: "0.4", or "0.04" where one digit would be 0."""
+    text = f"{100 * share:.1f}"
+    if float(text) == 0:
+        text = f"{100 * share:.2f}"
+    return "0.0" if float(text) == 0 else text
+
+
+def points(share: float) -> str:
+    """Return a share as "1 point" or "0.5 points"."""
+    return f"{100 * share:g} point{'' if share == 0.01 else 's'}"
+
+
+def loss(gap: Interval) -> Interval:
+    """Return what is lost by a difference from dense."""
+    return Interval(-gap.mean, -gap.high, -gap.low)
+
+
+def interval(shares: Interval) -> str:
+    """Return "0.4 (-0.3 to 1.1)", in points."""
+    return f"{number(shares.mean)} ({number(shares.low)} to {number(shares.high)})"
+
+
+def cost_name(results: "Results") -> str:
+    """Return what the chart calls the cost."""
+    if results.cost_key is None:
+        return "FLOPs"
+    batch_size, _, step = results.cost_key.partition(" ")
+    return f"{step} time at batch {batch_size}".strip()
+
+
+def nearest(results: "Results") -> "Setting | None":
+    """Return the setting whose worst loss is least; None if none was tried."""
+    tried = [setting for setting in results.settings if setting.role in ("tried", "control")]
+    return max(tried, key=lambda setting: setting.differences[results.decides].low, default=None)
+
+
+def columns(results: "Results", measures: Sequence[str]) -> list[str]:
+    """Return the heads of the table with the losses of some measures on the images held back."""
+    times = [f"time, batch {key}" for key in _time_keys(results)]
+    memory = ["memory"] if _has_memory(results) else []
+    losses = [f"{results.decides} loss, choosing"]
+    losses += [f"{name} loss, held back" for name in measures]
+    return ["setting", "role", "FLOPs", "tokens", *times, *memory, *losses, "within"]
+
+
+def rows(results: "Results", measures: Sequence[str]) -> list[Row]:
+    """Return the lines of the table, below the dense model.
+
+    Settings that were measured on the images held back come first. Both kinds of settings go from
+    the slowest to the fastest.
+    """
+
+    def position(setting: "Setting") -> tuple[bool, float]:
+        cost = results.cost(setting)
+        return setting.held_back is None, -(setting.flops if cost is None else cost)
+
+    keys, has_memory = _time_keys(results), _has_memory(results)
+    costs, losses = ["1.00"] * (2 + len(keys) + has_memory), ["0"] * (1 + len(measures))
+    lines = [Row("dense", ["dense", "", *costs, *losses, ""])]
+    for setting in sorted(results.settings, key=position):
+        held_back = setting.held_back or {}
+        cells = [setting.name, "" if setting.role == "tried" else setting.role]
+        cells += [f"{setting.flops:.2f}", f"{setting.kept:.2f}"]
+        cells += [_share(setting.time.get(key)) for key in keys]
+        cells += [_share(setting.memory)] if has_memory else []
+        cells.append(interval(loss(setting.differences[results.decides])))
+        cells += [interval(loss(held_back[name])) if name in held_back else "" for name in measures]
+        gap = chart.shown_difference(results, setting)
+        cells.append("yes" if is_within(gap, results.tolerance) else "no")
+        lines.append(Row(setting.role, cells))
+    return lines
+
+
+def legend(results: "Results") -> dict[str, str]:
+    """Return what each role in the chart is, with the names of its settings."""
+    by_role: dict[str, list[str]] = {"dense": []}
+    for setting in results.settings:
+        if results.cost(setting) is not None:
+            by_role.setdefault(setting.role, []).append(setting.name)
+    words = {"dense": "dense", "tried": "tried, on the images that choose"}
+    words["distilled"] = ", ".join(by_role.get("distilled", ()))
+    return {
+        role: words.get(role) or f"{role}: {', '.join(by_role[role])}"
+        for role in chart.SHAPES
+        if role in by_role
+    }
+
+
+def meaning(results: "Results") -> list[str]:
+    """Return what the result means for a user, one paragraph a thought."""
+    tolerance, chosen, decides = points(results.tolerance), results.chosen, results.decides
+    said = []
+    if results.confirmed:
+        worst = number(-chosen.held_back[decides].low)
+        said += [
+            'You can use this setting: `elip_models.reduce_(model, "best.json")`.',
+            f"The worse end of the interval, {worst} points, is below the tolerance of "
+            f"{tolerance}. A setting that loses {tolerance} or more passes this test with a "
+            "probability of at most 2.5%.",
+        ]
+    elif chosen is not None:
+        said.append(
+            "Do not rely on this setting yet. On the images that chose it, it lost "
+            f"{interval(loss(chosen.differences[decides]))} points, which is within {tolerance}. "
+            "The fastest of many settings is often a lucky one, so only the images held back "
+            "count. `best.json` was not written."
+        )
+        if (slower := results.next_slower) is not None:
+            said.append(
+                f"The next slower setting that was within on the images that choose is "
+                f"`{slower.name}`, at {results.cost(slower):.2f} of the {cost_name(results)}. "
+                "Nothing is claimed of it, because only one setting is tested on the images held "
+                "back."
+            )
+    else:
+        said.append(
+            f"Use the dense model, add images, or accept a larger loss than {tolerance}. "
+            "`best.json` was not written."
+        )
+    for setting in results.settings:
+        if setting.role in ("control", "distilled") and setting.held_back is not None:
+            cost = results.cost(setting)
+            where = "" if cost is None else f" at {cost:.2f} of the {cost_name(results)}"
+            what = {"control": "The control", "distilled": "After training,"}[setting.role]
+            said.append(
+                f"{what} `{setting.name}`{where} loses "
+                f"{interval(loss(setting.held_back[decides]))} points on the same images held back."
+            )
+    said.append(
+        f"A point is a hundredth of {decides}. Numbers in brackets are a 95% confidence interval. "
+        "A negative loss is a gain."
+    )
+    return said
+
+
+def method(results: "Results") -> list[str]:
+    """Return how the setting was chosen, in ten lines."""
+    tolerance, decides = points(results.tolerance), results.decides
+    chosen_on, held_back = results.counts["chosen_on"], results.counts["held_back"]
+    tried = sum(setting.role in ("tried", "chosen", "control") for setting in results.settings)
+    return [
+        f"The task is `{results.task}`, and {decides} decides.",
+        f"The {chosen_on + held_back} images were split at random: {chosen_on} choose, and "
+        f"{held_back} are held back.",
+        "If images have classes, both parts have the same share of each class.",
+        f"{tried} settings were measured on the images that choose.",
+        "Each setting was compared with the dense model image by image.",
+        f"A setting is within the tolerance if the upper end of the 95% interval of its loss is "
+        f"below {tolerance}.",
+        "Settings within the tolerance were timed side by side with the dense model, in "
+        "interleaved rounds after a warm-up.",
+        "The fastest of them is the choice. Times that hardly differ are decided by the FLOPs.",
+        "The choice was measured once on the images held back. Nothing was chosen or fitted on "
+        "them. Control and compared settings were measured there, too.",
+        "Intervals of right or wrong answers are those of Bonett and Price (2012). Others are "
+        f"percentile bootstraps over images with {RESAMPLES:,} draws.",
+    ]
+
+
+def _time_keys(results: "Results") -> list[str]:
+    keys = {key: None for setting in results.settings for key in setting.time}
+    return sorted(keys, key=lambda key: int(key.split()[0]))
+
+
+def _has_memory(results: "Results") -> bool:
+    return any(setting.memory is not None for setting in results.settings)
+
+
+def _share(value: Interval | float | None) -> str:
+    if isinstance(value, Interval):
+        return f"{value.mean:.2f} ({value.low:.2f} to {value.high:.2f})"
+    return "" if value is None else f"{value:.2f}"
+
+
+def _with_code(text: str) -> Markup:
+    """Return text as HTML, with what is between backticks as code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _plain_markdown(text: Any) -> str:
+    """Return text in which Markdown and HTML have no meaning."""
+    return re.sub(r"([\\`*_{}\[\]<>|#&~])", r"\\\1", " ".join(str(text).split()))

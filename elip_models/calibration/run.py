@@ -1,0 +1,316 @@
+"""What a calibration measures on its two parts of the images: outputs, differences, times."""
+
+import copy
+import os
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elip_kernels import __version__
+from elip_models.calibration.candidates import Candidate
+from elip_models.calibration.choice import Parts, difference, images_needed, is_within, split
+from elip_models.calibration.costs import Cost, measured_costs
+from elip_models.calibration.outputs import OUTPUTS, StoredOutputs
+from elip_models.calibration.pictures import merged_picture
+from elip_models.calibration.results import Setting, Worst
+from elip_models.calibration.search import Search
+from elip_models.calibration.task import Measure, Part, Task
+from elip_models.intervals import Interval, interval_of_totals
+from elip_models.recovery.distill import distill
+from elip_models.saving.files import tensors_sha256
+
+FIRST_ANSWER = 200
+"""Images of the first answer, if there are many more."""
+SHOWN = 10  # images that lose most
+
+
+class Run:
+    """What is measured on the two parts of the images: outputs, differences, times.
+
+    Attributes:
+        decides: the measure that decides.
+        parts: the images that choose, and those held back.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        tolerance: float,
+        *,
+        seed: int,
+        folder: str | os.PathLike | None,
+        progress: Callable[[str], object],
+        batch_size: int,
+    ) -> None:
+        self.model, self.task, self.tolerance, self.progress = model, task, tolerance, progress
+        self.decides, self.seed = task.measures[0], seed
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.parts: Parts = split(task.count, task.groups(), seed=seed)
+        self.batch_sizes = sorted({1, min(batch_size, len(self.parts.chosen_on))})
+        self.folder = None if folder is None else Path(folder)
+        progress("the weights and the images")
+        task.fit(model, self.parts.chosen_on)
+        origin = {}
+        if self.folder is not None:
+            origin = {"task": task.name, "contents": task.contents(), "version": __version__}
+            origin |= {"model": tensors_sha256(model.state_dict()), "dtype": str(self.dtype)}
+            origin |= {"device": self.device.type}
+        self.outputs = StoredOutputs(task, self.folder, origin, progress=progress)
+        self._of_dense: dict[tuple[tuple[int, ...], ...], dict[str, Measure]] = {}
+        self._differences: dict[tuple[str, tuple[int, ...]], dict[str, Interval]] = {}
+
+    def searched(
+        self,
+        ladders: dict[str, list[Candidate]],
+        *,
+        every: bool,
+        announce: Callable[[str], object],
+    ) -> Search:
+        """Return the search over all images that choose, after a first answer on few of them."""
+        chosen_on = self.parts.chosen_on
+        portions = [chosen_on]
+        if len(chosen_on) >= 2 * FIRST_ANSWER:
+            drawn = random.Random(self.seed).sample(chosen_on, FIRST_ANSWER)
+            portions.insert(0, tuple(sorted(drawn)))
+        for images in portions:
+            is_first = images is not chosen_on
+            passes = self._mean_within if is_first else self._within
+            search = Search(partial(passes, images), every=every and not is_first)
+            for ladder in ladders.values():
+                search.add(ladder)
+            if is_first:
+                announce(self._first_answer(search, images))
+        return search
+
+    def _within(self, images: tuple[int, ...], setting: Candidate) -> bool:
+        return is_within(self.differences(setting, images)[self.decides], self.tolerance)
+
+    def _mean_within(self, images: tuple[int, ...], setting: Candidate) -> bool:
+        """Return whether the difference itself is within: few images have a wide interval."""
+        return self.differences(setting, images)[self.decides].mean > -self.tolerance
+
+    def _first_answer(self, search: Search, images: tuple[int, ...]) -> str:
+        """Return the cheapest setting on a few images as a sentence."""
+        where = f"First answer, on {len(images)} images:"
+        if not search.tried:
+            return f"{where} no strategy can reduce this model."
+        best = min(search.within, key=lambda setting: setting.flops, default=None)
+        shown = best or max(
+            search.tried, key=lambda s: self.differences(s, images)[self.decides].low
+        )
+        interval = self.differences(shown, images)[self.decides]
+        change = f"{100 * interval.mean:+.1f} points of {self.decides} (95% CI "
+        change += f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+        found = "is within" if best else "is the nearest, not within"
+        return (
+            f"{where} {shown.name} at {shown.flops:.2f} of the dense FLOPs {found} the tolerance: "
+            f"{change}. More images follow."
+        )
+
+    def part(self, setting: Candidate | None, images: Sequence[int]) -> Part:
+        """Return what the dense model and a setting returned for images."""
+        dense = self.outputs.of(None, lambda: self.model, images, name="dense")
+        if setting is None:
+            return Part(images, dense, dense)
+        outputs = self.outputs.of(
+            setting.settings, lambda: self.reduced(setting), images, name=setting.name
+        )
+        return Part(images, outputs, dense)
+
+    def reduced(self, setting: Candidate) -> nn.Module:
+        """Return a copy of the model with a setting, which shares its weights."""
+        return self.task.reduced(self.model, setting.strategy)
+
+    def differences(self, setting: Candidate, images: tuple[int, ...]) -> dict[str, Interval]:
+        """Return the difference from dense of each measure on some of the images that choose."""
+        key = setting.name, images
+        if key not in self._differences:
+            reduced = self.task.measured(self.part(setting, images))
+            self._differences[key] = _differences(reduced, self._dense(images))
+        return self._differences[key]
+
+    def lower_end(self, setting: Candidate) -> float:
+        """Return the lower end of the interval that decides."""
+        return self.differences(setting, self.parts.chosen_on)[self.decides].low
+
+    def held_back(self, setting: Candidate | None) -> dict[str, Measure]:
+        """Return the measures on the images held back; what is fitted, is fitted on the others."""
+        if setting is None:
+            return self._dense(*self.parts)
+        chosen_on, held_back = (self.part(setting, images) for images in self.parts)
+        return self.task.measured(chosen_on, held_back)
+
+    def _dense(self, *parts: tuple[int, ...]) -> dict[str, Measure]:
+        """Return the measures of the dense model, which are computed once."""
+        if parts not in self._of_dense:
+            measured = self.task.measured(*(self.part(None, images) for images in parts))
+            self._of_dense[parts] = measured
+        return self._of_dense[parts]
+
+    def dense_scores(self) -> dict[str, Interval]:
+        """Return the measures of the dense model on the images held back."""
+        return {
+            name: interval_of_totals(measure.rows, measure.statistic)
+            for name, measure in self.held_back(None).items()
+        }
+
+    def setting(
+        self, setting: Candidate, role: str, cost: Cost | None, *, held_back: bool
+    ) -> Setting:
+        """Return everything that is reported of a setting."""
+        apart = None
+        if held_back:
+            apart = _differences(self.held_back(setting), self.held_back(None))
+        return Setting(
+            name=setting.name,
+            strategy=setting.settings,
+            flops=setting.flops,
+            kept=setting.kept,
+            time={} if cost is None else cost.time,
+            memory=None if cost is None else cost.memory,
+            differences=self.differences(setting, self.parts.chosen_on),
+            role=role,
+            held_back=apart,
+        )
+
+    def costs(self, settings: Sequence[Candidate], *, compile: bool) -> dict[str, Cost]:
+        """Return the time and memory of settings, by name."""
+        if not settings:
+            return {}
+        self.progress(f"times of {len(settings)} settings")
+        models = {setting.name: self.reduced(setting) for setting in settings}
+        return self._costs(models, compile=compile)
+
+    def _costs(self, models: dict[str, nn.Module], *, compile: bool) -> dict[str, Cost]:
+        return measured_costs(
+            self.task,
+            self.model,
+            models,
+            self.parts.chosen_on,
+            batch_sizes=self.batch_sizes,
+            compile=compile,
+        )
+
+    def distilled(
+        self,
+        model: nn.Module,
+        setting: Candidate,
+        steps: int,
+        *,
+        compile: bool,
+        time: bool,
+        save: Callable[[nn.Module], object],
+    ) -> Setting:
+        """Train a setting on the images that choose, and return what is reported of it."""
+        images = ImagesOf(self.task.images, self.parts.chosen_on)
+        name = f"{setting.name}, distilled"
+        student, checkpoint = copy.deepcopy(model), None
+        if self.folder is not None:
+            digest = tensors_sha256({name: torch.empty(0)})[:8]
+            checkpoint = self.folder / OUTPUTS / f"distill-{digest}.safetensors"
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        with torch.enable_grad():
+            distill(
+                student,
+                images,
+                strategy=setting.strategy,
+                steps=steps,
+                seed=self.seed,
+                checkpoint=checkpoint,
+                progress=lambda step, loss: self.progress(f"{name}: step {step} of {steps}"),
+            )
+        save(student)
+        if checkpoint is not None:
+            checkpoint.unlink()
+        student = student.to(self.dtype)
+        key = {"distilled": tensors_sha256(student.state_dict()), **setting.settings}
+        parts = [
+            Part(
+                images,
+                self.outputs.of(key, lambda: student, images, name=name),
+                self.part(None, images).dense,
+            )
+            for images in self.parts
+        ]
+        cost = Cost({}, None)
+        if time:
+            sizes = {"batch_sizes": self.batch_sizes, "compile": compile}
+            models = {name: student}
+            cost = measured_costs(self.task, self.model, models, self.parts.chosen_on, **sizes)[
+                name
+            ]
+        dense = self._dense(self.parts.chosen_on)
+        return Setting(
+            name=name,
+            strategy=setting.settings,
+            flops=setting.flops,
+            kept=setting.kept,
+            time=cost.time,
+            memory=cost.memory,
+            differences=_differences(self.task.measured(parts[0]), dense),
+            role="distilled",
+            held_back=_differences(self.task.measured(*parts), self.held_back(None)),
+        )
+
+    def needed(self, choice: Setting | None, tried: Sequence[Candidate]) -> int | None:
+        """Return how many images both parts need to show that a setting is within the tolerance."""
+        if choice is None:
+            part = self.parts.chosen_on
+            intervals = [self.differences(setting, part)[self.decides] for setting in tried]
+        else:
+            part, intervals = self.parts.held_back, [choice.held_back[self.decides]]
+        counts = [images_needed(interval, len(part), self.tolerance) for interval in intervals]
+        return min((2 * count for count in counts if count is not None), default=None)
+
+    def worst(self, setting: Candidate, names: Sequence[str] | None) -> tuple[Worst, ...]:
+        """Return the images held back that lose most by a setting."""
+        images = self.parts.held_back
+        reduced, dense = (self.held_back(which)[self.decides] for which in (setting, None))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            gaps = reduced.statistic(reduced.rows) - dense.statistic(dense.rows)
+        gaps = np.nan_to_num(gaps)
+        order = [int(row) for row in np.argsort(gaps, kind="stable")[:SHOWN] if gaps[row] < 0]
+        part, shown = self.part(setting, images), [images[row] for row in order]
+        answers = [self._answers(shown, part_of, order) for part_of in (part.dense, part.outputs)]
+        truths = self.task.truths(shown) or [""] * len(shown)
+        model = self.reduced(setting)
+        return tuple(
+            Worst(
+                names[image] if names else f"image {image}",
+                was,
+                now,
+                truth,
+                merged_picture(self.task, model, image),
+            )
+            for image, was, now, truth in zip(shown, *answers, truths, strict=True)
+        )
+
+    def _answers(
+        self, images: Sequence[int], outputs: dict[str, Tensor], rows: Sequence[int]
+    ) -> list[str]:
+        of_images = {name: value[list(rows)] for name, value in outputs.items()}
+        return self.task.answers(images, of_images) or [""] * len(images)
+
+
+class ImagesOf(Sequence):
+    """Some of the images of a sequence."""
+
+    def __init__(self, images: Tensor | Sequence[Tensor], numbers: Sequence[int]) -> None:
+        self.images, self.numbers = images, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.images[self.numbers[i]]
+
+
+def _differences(reduced: dict[str, Measure], dense: dict[str, Measure]) -> dict[str, Interval]:
+    return {name: difference(reduced[name], dense[name]) for name in reduced}
