@@ -46,13 +46,7 @@ CLASSES = 11  # a larger number in an annotation means none
 PER_FRAME, GROUP, BATCH = 160, 10, 8
 PENALTIES = (0.0003, 0.003, 0.03)
 HEADS = ("dense", "own")
-SETTINGS = ", ".join(
-    [
-        *("merge 0.85", "merge 0.7", "merge 0.55", "merge 0.455", "tome 0.715", "evit 0.725"),
-        *(f"dense@{height}" for height in (308, 294, 252, 224)),
-        *("merge 0.7@294", "merge 0.85@252"),
-    ]
-)
+SETTINGS = "merge 0.7, dense@294, evit 0.725, tome 0.715, dense@252, merge 0.55, merge 0.7@294"
 """A number after @ is the height of a smaller image, whose width keeps the proportion."""
 
 
@@ -133,46 +127,48 @@ def patches(
 
 def totals(
     model: nn.Module,
-    head: LinearProbe,
+    heads: Sequence[LinearProbe],
     pairs: Sequence[tuple[Path, Path]],
     advance: Callable[[int], object],
 ) -> Tensor:
-    """Return intersections and unions of each frame and class, (n, 2, `CLASSES`)."""
+    """Return intersections and unions of each head, frame and class, (heads, n, 2, `CLASSES`)."""
     parts = []
     for images, masks in batches(pairs):
-        found = grids(model, images).double()
-        scaled = (found - head.mean[:, None, None]) / head.deviation[:, None, None]
-        logits = torch.einsum("cd,bdhw->bchw", head.weight, scaled) + head.bias[:, None, None]
-        logits = F.interpolate(logits, masks.shape[1:], mode="bilinear", align_corners=False)
-        known = masks < CLASSES
-        predicted = F.one_hot(logits.argmax(1), CLASSES) * known[..., None]
-        truth = F.one_hot(masks.clamp(max=CLASSES), CLASSES + 1)[..., :CLASSES]
-        both = (predicted & truth).sum((1, 2))
-        parts.append(torch.stack([both, (predicted | truth).sum((1, 2))], dim=1))
+        features = grids(model, images).flatten(2).mT
+        found = [counts(head, features, masks) for head in heads]
+        parts.append(torch.stack(found))
         advance(len(images))
-    return torch.cat(parts).double()
+    return torch.cat(parts, dim=1)
+
+
+def counts(head: LinearProbe, features: Tensor, masks: Tensor) -> Tensor:
+    """Return intersections and unions of frames (B, 2, `CLASSES`) by patch features (B, N, D)."""
+    rows, columns = (side // PATCH for side in PIXELS)
+    logits = head.logits(features).float().mT.unflatten(2, (rows, columns))
+    predicted = F.interpolate(logits, masks.shape[1:], mode="bilinear").argmax(1)
+    found = torch.zeros(len(masks), 2, CLASSES, dtype=torch.double)
+    for i, (guess, truth) in enumerate(zip(predicted, masks, strict=True)):
+        known = truth < CLASSES
+        pairs = CLASSES * truth[known] + guess[known]
+        confusion = pairs.bincount(minlength=CLASSES**2).view(CLASSES, CLASSES)
+        both = confusion.diagonal()
+        found[i] = torch.stack([both, confusion.sum(0) + confusion.sum(1) - both])
+    return found
 
 
 def measured(
     setting: Setting, folder: Path, dense_head: LinearProbe, penalty: float, advance: Any
 ) -> dict[str, Tensor]:
     """Return the totals of the test frames by the head of dense features, and by an own one."""
-    test = frames(folder, "test")
-    train = frames(folder, "train")
+
+    def compute() -> Tensor:
+        drawn = patches(setting.model, frames(folder, "train"), advance)
+        own = LinearProbe.fit(*drawn, inverse_penalty=penalty)
+        return totals(setting.model, [dense_head, own], frames(folder, "test"), advance)
+
     dtype = str(next(setting.model.parameters()).dtype)
-    found = {}
-    for name in HEADS:
-
-        def compute(name: str = name) -> Tensor:
-            head = dense_head
-            if name == "own":
-                drawn = patches(setting.model, train, advance)
-                head = LinearProbe.fit(*drawn, inverse_penalty=penalty)
-            return totals(setting.model, head, test, advance)
-
-        key = ["camvid", name, setting.text, setting.weights, dtype, str(PER_FRAME)]
-        found[name] = stored(folder / "outcomes", key, compute)
-    return found
+    key = ["camvid", setting.text, setting.weights, dtype, str(PER_FRAME)]
+    return dict(zip(HEADS, stored(folder / "outcomes", key, compute), strict=True))
 
 
 def dense_head(dense: Setting, folder: Path, advance: Any) -> tuple[LinearProbe, float]:

@@ -136,7 +136,7 @@ def test_the_miou_of_camvid_is_that_of_scikit_learn(frames):
     (dense,) = panel.read_settings("", dinov2.timm_model(camvid.PIXELS))
     head, _ = camvid.dense_head(dense, frames, lambda count: None)
     pairs = camvid.frames(frames, "test")
-    totals = camvid.totals(dense.model, head, pairs, lambda count: None)
+    (totals,) = camvid.totals(dense.model, [head], pairs, lambda count: None)
     ((images, masks),) = camvid.batches(pairs)
     features = camvid.grids(dense.model, images).double().permute(0, 2, 3, 1)
     logits = (features - head.mean) / head.deviation @ head.weight.T + head.bias
