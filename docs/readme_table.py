@@ -25,14 +25,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 BATCHES, THREADS = (8, 1), 2
 """Of the times of the pretrained model."""
 TABLE = {
-    "merge 0.7": "merge 0.7",
-    "tome 0.715": "tome 0.715",
-    "resize:size=196": "dense@294",
-    "evit 0.725": "evit 0.725",
-    "resize_merge 0.5": "",
-    "resize:size=154": "",
+    "merge 0.7": ("merge 0.7", "merge 0.7"),
+    "tome 0.715": ("tome 0.715", ""),
+    "resize:size=196": ("dense@294", ""),
+    "evit 0.725": ("evit 0.725", ""),
+    "resize_merge 0.5": ("", "resize_merge 0.5"),
+    "resize:size=154": ("", "resize 0.5"),
 }
-"""A setting of the panel: the one of CamVid, if there is one."""
+"""A setting of the panel, and the same one on CamVid and on Flickr8k, if it was measured there."""
 STUDIES = "finetune", "clip"
 CLIP_KEEP, RECALL = 0.5, "text_to_image_r5"
 LANGUAGE_STRATEGY, LANGUAGE_KEEP = "diverse", 0.25
@@ -126,17 +126,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}%"
 
 
-def settings_table(panel: dict[str, Any], camvid: dict[str, Any]) -> str:
+def settings_table(panel: dict[str, Any], camvid: dict[str, Any], tasks: dict[str, Any]) -> str:
     """Return the table of the README, and what was measured.
 
-    A row for each of `TABLE`: own probes on the mean and the worst set, CamVid, and the times.
+    A row for each of `TABLE`: own probes on the mean and the worst set, CamVid, recall, and times.
     """
     found = {row.setting: row for row in panel_tables.rows(panel)}
-    dense = {entry["setting"]: entry["difference"]["own"] for entry in camvid["settings"]}
+    mious, recalls = (
+        {entry["setting"]: Interval(*entry["difference"][key].values()) for entry in of["settings"]}
+        for of, key in ((camvid, "own"), (tasks, RECALL))
+    )
     cells = []
-    for name, on_camvid in TABLE.items():
-        row = found[name]
-        miou = Interval(*dense[on_camvid].values()) if on_camvid else None
+    for name, (on_camvid, on_flickr8k) in TABLE.items():
+        row, miou, recall = found[name], mious.get(on_camvid), recalls.get(on_flickr8k)
         cells.append(
             [
                 f"`{name}`",
@@ -145,18 +147,21 @@ def settings_table(panel: dict[str, Any], camvid: dict[str, Any]) -> str:
                 f"{row.worst}: {panel_tables.points(row.sets[row.worst])}",
                 f"{row.non_inferior} of {len(row.sets)}",
                 panel_tables.points(miou) if miou else "",
+                panel_tables.points(recall) if recall else "",
             ]
         )
     sets, margin = panel["sets"], 100 * panel["margin"]
     photographs = sum(each["photographs"] for each in sets.values())
     header = ["strategy and `keep`", *(f"time, batch {batch}" for batch in BATCHES)]
-    header += ["top-1, mean of the sets", "top-1, worst set", "non-inferior on", "mIoU"]
+    header += ["top-1, mean of the sets", "top-1, worst set", "non-inferior on", "mIoU", "R@5"]
     note = (
         f"*{panel['model'].split(',')[0]}, pretrained, without further training. Points of change "
         "from the dense model with 95% intervals. Top-1: linear probes, fitted on the features of "
         f"the reduced model, on {photographs:,} photographs of {len(sets)} sets that chose no "
         f"setting. Non-inferior: the interval ends above −{margin:.0f} point. mIoU: a linear head "
-        f"on CamVid, with a smaller image of the same share of the patches. Time relative to "
+        "on CamVid, with a smaller image of the same share of the patches. R@5: text-to-image "
+        f"recall among {tasks['photographs']['flickr8k']['measured']:,} photographs, of which most "
+        "had chosen the settings of `merge`. Empty: not measured. Time relative to "
         f"dense, one thread of {panel['time']['device']}; no GPU was measured. "
         "[All sets](docs/results.md#a-panel-of-labelled-photographs).*"
     )
@@ -166,9 +171,9 @@ def settings_table(panel: dict[str, Any], camvid: dict[str, Any]) -> str:
 def blocks() -> list[Block]:
     """Return the settings and the results."""
     panel, camvid = (read_object(RESULTS / "real" / f"{name}.json") for name in ("panel", "camvid"))
-    page = ROOT / "README.md"
+    tasks, page = read_object(RESULTS / "real" / "tasks_test.json"), ROOT / "README.md"
     return [
-        Block(page, "settings", settings_table(panel, camvid)),
+        Block(page, "settings", settings_table(panel, camvid, tasks)),
         Block(page, "results", bullets(RESULTS)),
     ]
 

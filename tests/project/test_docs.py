@@ -241,7 +241,7 @@ def test_the_reference_has_every_public_name_of_the_kernels():
 
 
 SCRIPTS = ("readme_table", "readme_chart", "serving", "studies", "api_table", "recipes")
-SCRIPTS += ("real_model", "vlm")
+SCRIPTS += ("real_model", "panel", "vlm")
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, pytest.param("supported", marks=pytest.mark.slow)])
