@@ -29,8 +29,6 @@ TABLE = {
     "tome 0.715": ("tome 0.715", ""),
     "resize:size=196": ("dense@294", ""),
     "evit 0.725": ("evit 0.725", ""),
-    "resize_merge 0.5": ("", "resize_merge 0.5"),
-    "resize:size=154": ("", "resize 0.5"),
 }
 """A setting of the panel, and the same one on CamVid and on Flickr8k, if it was measured there."""
 STUDIES = "finetune", "clip"

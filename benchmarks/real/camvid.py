@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
     add("--output", type=Path, metavar="X.json", help="write the results to this file")
     add("--time", action="store_true", help="measure times alone, and add them to --output")
-    add("--rounds", type=int, default=21, help="with --time, interleaved (default: %(default)s)")
+    add("--rounds", type=int, default=7, help="with --time, interleaved (default: %(default)s)")
     options = parser.parse_args(arguments)
     console = Console()
     try:
