@@ -47,7 +47,7 @@ def block(panel: dict[str, Any], camvid: dict[str, Any]) -> str:
         f"{camvid['frames']['train']}. Dense mIoU {100 * camvid['dense']['own']:.1f}. Differences "
         "in points of mIoU with 95% intervals (percentile bootstrap of groups of "
         f"{camvid['group']} consecutive frames). `dense@294` is the dense model on images of 294 "
-        "pixels in height instead of 336.",
+        f"pixels in height instead of 336. Times with whole grids: {times_note(camvid)}.",
         camvid_table(camvid),
         measured_on(panel),
     ]
