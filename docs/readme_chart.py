@@ -95,7 +95,7 @@ def _panel(axes: "Axes", points: Points, title: str) -> None:
     axes.plot([1.0], [0.0], color=GREY, marker="*", markersize=11, zorder=5)
     axes.annotate("dense", (1.0, 0.0), (0, 7), textcoords="offset points", ha="center")
     axes.set_xlim(right=1.06)
-    axes.set_title(title, fontsize=9, color=GREY)
+    axes.set_title(title, fontsize=9, color=GREY, pad=10)
     axes.set_xlabel("time relative to dense, batch 8")
     axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
 

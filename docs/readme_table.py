@@ -155,8 +155,8 @@ def settings_table(panel: dict[str, Any], camvid: dict[str, Any], tasks: dict[st
     note = (
         f"*{panel['model'].split(',')[0]}, pretrained, without further training. Points of change "
         "from the dense model with 95% intervals. Top-1: linear probes, fitted on the features of "
-        f"the reduced model, on {photographs:,} photographs of {len(sets)} sets that chose no "
-        f"setting. Non-inferior: the interval ends above −{margin:.0f} point. mIoU: a linear head "
+        f"the reduced model, on {photographs:,} photographs of {len(sets)} sets, of which the "
+        f"clothes alone had chosen settings before. Non-inferior: the interval ends above −{margin:.0f} point. mIoU: a linear head "
         "on CamVid, with a smaller image of the same share of the patches. R@5: text-to-image "
         f"recall among {tasks['photographs']['flickr8k']['measured']:,} photographs, of which most "
         "had chosen the settings of `merge`. Empty: not measured. Time relative to "

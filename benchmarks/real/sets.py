@@ -54,14 +54,14 @@ SOURCES = {
     "aerial": Source(
         "seven classes of land in aerial photographs (RSSCN7)",
         "palewithout/RSSCN7",
-        "research",
+        "not stated",
         "aerial/*",
         per_class=215,
     ),
     "scenes": Source(
         "fifteen scenes, greyscale (Lazebnik et al. 2006)",
         "jaaumeadrover/Landscape-Image-Classification",
-        "research",
+        "not stated",
         "scenes/*/*",
         per_class=100,
     ),
