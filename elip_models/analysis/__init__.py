@@ -1,4 +1,4 @@
-"""Analysis of a reduction: calibration, and pictures of what it keeps."""
+"""Analysis of a reduction: features, ranking, and pictures of what it keeps."""
 
 from elip_models.validation import require_packages
 

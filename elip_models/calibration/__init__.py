@@ -3,3 +3,7 @@
 `task.py` says what a task is; one file a task. `choice.py` chooses a setting on one part of the
 images and measures it on the other. `report.py` writes the result.
 """
+
+from elip_models.validation import require_packages
+
+require_packages("elip_models.calibration", "PIL")

@@ -45,6 +45,7 @@ for name in elip_models.__all__:
 """
 NEEDS = {
     "elip_models.analysis": "train",
+    "elip_models.calibration": "train",
     "elip_models.pretraining.checkpoints": "models",
     "elip_models.create_model": "models",
     "elip_models.pretraining.data": "train",
