@@ -277,14 +277,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shares = ", ".join(f"{key} {share:.1%}" for key, share in found["dense"].items())
         console.print(f"{name}, {found['photographs']} photographs: {shares}")
         for each in found["settings"]:
-            texts = (_points(each["difference"][key]) for key in MEASURES)
+            texts = (points(each["difference"][key]) for key in MEASURES)
             console.print(f"  {each['setting']}: {', '.join(texts)}")
     if options.output is not None:
         write_json(options.output, document)
     return 0
 
 
-def _points(interval: dict[str, Any]) -> str:
+def points(interval: dict[str, Any]) -> str:
+    """Return the mean and the ends of an interval in points, as text."""
     mean, low, high = (100 * interval[end] for end in ("mean", "low", "high"))
     return f"{mean:+.1f} ({low:.1f} to {high:.1f})"
 

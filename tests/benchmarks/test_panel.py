@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import jaccard_score
 
-from benchmarks.real import camvid, dinov2, panel, panel_tables, sets
+from benchmarks.real import calibrated, camvid, dinov2, panel, panel_tables, sets
 from benchmarks.real.measures import OWN
 from elip_models.intervals import Interval, paired_interval
 
@@ -42,6 +42,22 @@ def test_a_file_counts_once_and_measured_photographs_are_not_explored(photograph
         path.read_bytes() for path in explored.paths
     }
     assert len(sets.read(photographs, "clothes").paths) == 18
+
+
+def test_a_choice_is_judged_by_photographs_that_did_not_choose_it(photographs, monkeypatch):
+    source = sets.SOURCES["aerial"]._replace(per_class=4)
+    monkeypatch.setitem(sets.SOURCES, "aerial", source)
+    monkeypatch.setattr(calibrated, "COUNT", 5)
+    found = calibrated.of_a_user(photographs, "aerial", seed=0)
+    (fold,) = found.folds
+    assert sorted(torch.cat([fold.train, fold.tune]).tolist()) == list(range(5))
+    measured = sets.read(photographs, "aerial")
+    assert [found.paths[i] for i in fold.test] == measured.paths
+    assert found.labels[fold.test].tolist() == measured.labels.tolist()
+    assert not set(found.paths[:5]) & set(measured.paths)
+    monkeypatch.setattr(calibrated, "COUNT", 500)
+    with pytest.raises(ValueError, match="sets"):
+        calibrated.of_a_user(photographs, "aerial", seed=0)
 
 
 def test_each_photograph_is_tested_once_by_a_probe_of_others():
