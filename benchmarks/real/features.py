@@ -53,7 +53,7 @@ def read_settings(text: str, model: nn.Module) -> list[Setting]:
 
 def _read_setting(text: str, model: nn.Module) -> Setting:
     if Path(text).is_dir():
-        trained = elip_models.load_reduced(text).eval()
+        trained = elip_models.load_reduced(text).eval().to(next(model.parameters()).dtype)
         summary = elip_models.reduction_summary(trained)
         return Setting(Path(text).name, trained, summary, tensors_sha256(trained.state_dict()))
     strategy, _, keep = text.rpartition(" ")

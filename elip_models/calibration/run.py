@@ -73,20 +73,24 @@ class Run:
         every: bool,
         announce: Callable[[str], object],
     ) -> Search:
-        """Return the search over all images that choose, after a first answer on few of them."""
+        """Return the search over all images that choose, after a first answer on few of them.
+
+        A setting that loses more than the tolerance on these few is not measured on all, unless
+        `every` asks for it.
+        """
         chosen_on = self.parts.chosen_on
-        portions = [chosen_on]
+        promising, nearest = None, []
         if len(chosen_on) >= 2 * FIRST_ANSWER:
-            drawn = random.Random(self.seed).sample(chosen_on, FIRST_ANSWER)
-            portions.insert(0, tuple(sorted(drawn)))
-        for images in portions:
-            is_first = images is not chosen_on
-            passes = self._mean_within if is_first else self._within
-            search = Search(partial(passes, images), every=every and not is_first)
-            for ladder in ladders.values():
-                search.add(ladder)
-            if is_first:
-                announce(self._first_answer(search, images))
+            few = tuple(sorted(random.Random(self.seed).sample(chosen_on, FIRST_ANSWER)))
+            promising = partial(self._mean_within, few)
+            first = Search(promising)
+            first.add_all(ladders.values())
+            announce(self._first_answer(first, few))
+            nearest = sorted(first.tried, key=partial(self._mean, few))[-1:]
+        within = partial(self._within, chosen_on)
+        search = Search(within, is_promising=None if every else promising, every=every)
+        search.add_all(ladders.values())
+        search.tried = search.tried or nearest
         return search
 
     def _within(self, images: tuple[int, ...], setting: Candidate) -> bool:
@@ -94,7 +98,10 @@ class Run:
 
     def _mean_within(self, images: tuple[int, ...], setting: Candidate) -> bool:
         """Return whether the difference itself is within: few images have a wide interval."""
-        return self.differences(setting, images)[self.decides].mean > -self.tolerance
+        return self._mean(images, setting) > -self.tolerance
+
+    def _mean(self, images: tuple[int, ...], setting: Candidate) -> float:
+        return self.differences(setting, images)[self.decides].mean
 
     def _first_answer(self, search: Search, images: tuple[int, ...]) -> str:
         """Return the cheapest setting on a few images as a sentence."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import elip_models
+from elip_models.calibration import run
 from elip_models.calibration.calibrate import calibrate
 from elip_models.calibration.candidates import STRATEGIES, TowerCandidates
 from elip_models.calibration.choice import is_within, split
@@ -63,6 +64,29 @@ def test_the_search_chooses_as_the_full_table_and_tries_less(tolerance, order):
     )
     assert cheapest == pytest.approx(expected, abs=0.01)
     assert len(found.tried) < len(full.tried) / 2
+
+
+def test_a_setting_that_fails_on_few_images_is_not_measured_on_all(model, head, monkeypatch):
+    measured = []
+
+    def is_within(setting):
+        measured.append(setting)
+        return setting.flops > 0.6
+
+    falling = TowerCandidates(plain_vit(depth=12)).falling("tome")
+    search = Search(is_within, is_promising=lambda setting: setting.flops > 0.5)
+    search.add_all([falling])
+    assert search.tried == measured and min(s.flops for s in measured) > 0.5
+    assert min(s.flops for s in search.within) == min(s.flops for s in falling if s.flops > 0.6)
+
+
+def test_if_every_setting_fails_on_few_images_the_nearest_is_reported(model, head, monkeypatch):
+    monkeypatch.setattr(run, "FIRST_ANSWER", 6)
+    monkeypatch.setattr(run.Run, "_mean", lambda self, images, setting: -setting.flops)
+    results = calibrate(model, task=head, strategies=FEW, tolerance=1e-9, time=False)
+    tried = [setting for setting in results.settings if setting.role == "tried"]
+    assert results.chosen is None
+    assert len(tried) == 1 and f"The nearest is `{tried[0].name}`" in results.sentence()
 
 
 def test_the_model_stays_as_it_was(pictures):
