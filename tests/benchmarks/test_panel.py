@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import jaccard_score
 
-from benchmarks.real import calibrated, camvid, dinov2, panel, panel_tables, sets
+from benchmarks.real import calibrated, camvid, dinov2, panel, panel_tables, retrieval, sets
 from benchmarks.real.measures import OWN
 from elip_models.intervals import Interval, paired_interval
 
@@ -119,6 +119,28 @@ def test_the_mean_of_sets_has_the_interval_of_a_mean_of_independent_sets():
     sets_ = [Interval(0.0, -0.03, 0.03), Interval(-0.04, -0.08, 0.0)]
     mean = panel_tables.mean_over_sets(sets_)
     assert mean == pytest.approx((-0.02, -0.045, 0.005))
+
+
+def test_recalls_are_those_of_maps_of_the_other_half(folder, model, monkeypatch, tmp_path):
+    """Without a reduction nothing differs; the digits are the captions found for a photograph."""
+    monkeypatch.setattr(dinov2, "timm_model", lambda: model)
+    output = tmp_path / "retrieval.json"
+    options = ["--settings", "tome 0.5, tome:r=0", "--dtype", "float32", "--output", str(output)]
+    assert retrieval.main([str(folder), *options]) == 0
+    document = json.loads(output.read_text())
+    reduced, unchanged = document["settings"]
+    assert document["photographs"] == 12
+    assert unchanged["recalled"] == document["recalled"]
+    for name, dense in document["recalled"].items():
+        of = 5 if name.startswith("text") else 1
+        found, expected = (
+            np.array(list(map(int, each))) / of for each in (reduced["recalled"][name], dense)
+        )
+        gap = reduced["difference"]["own"][name]["mean"]
+        assert gap == pytest.approx((found - expected).mean(), abs=1e-5)
+        assert unchanged["difference"]["own"][name]["mean"] == 0
+    first, second = retrieval.halves(12, seed=0)
+    assert sorted(torch.cat([first, second]).tolist()) == list(range(12))
 
 
 @pytest.fixture
