@@ -7,7 +7,8 @@
 
 The images are split into halves. On the first, each strategy is set to shares of the dense FLOPs
 between 0.95 and 0.30, and the settings within the tolerance are timed side by side. The fastest of
-them is the choice. It is measured once on the second half, and that is the loss which is reported.
+them are tested on the second half, the slowest first, until one fails. The last that passes is the
+choice, and what it loses there is reported.
 """
 
 import copy
@@ -22,7 +23,7 @@ from elip_kernels import __version__
 from elip_models.analysis.model_features import image_features
 from elip_models.api import is_reduced
 from elip_models.calibration.candidates import Candidate
-from elip_models.calibration.choice import is_within
+from elip_models.calibration.choice import fixed_sequence, is_within
 from elip_models.calibration.classes import Probe
 from elip_models.calibration.costs import Cost
 from elip_models.calibration.features import Cosine, FeatureTask, Loss, Neighbours, OwnLoss
@@ -39,6 +40,7 @@ from elip_models.vlm.families import refuse_multimodal
 FEATURE_TASKS: dict[str, type[FeatureTask]] = {Cosine.name: Cosine, Neighbours.name: Neighbours}
 PROBES = {"probe": False, "own-probe": True}
 TIME_NOISE = 0.03  # of the dense time
+TESTED = 3  # on the images held back, at most
 VERSIONS = ("torch", "timm", "transformers", "open_clip_torch")
 
 
@@ -170,7 +172,8 @@ def calibrate(
     search = run.searched(ladders, every=every, announce=announce)
     timed = _cheapest(search.within) if compile else search.within
     costs = run.costs([*timed, *also], compile=compile) if time else {}
-    chosen = _fastest(search.within, costs)
+    tested, chosen = fixed_sequence(_slowest_first(search.within, costs), run.is_confirmed)
+    chosen = chosen or next(iter(tested), None)
     nearest = chosen or max(search.tried, key=run.lower_end, default=None)
     control = None if nearest is None else candidates.control(nearest.flops)
     if control is not None and time and control.name not in costs:
@@ -179,9 +182,9 @@ def calibrate(
     roles |= {} if control is None else {control.name: "control"}
     roles |= {setting.name: "compared" for setting in also}
     roles |= {} if chosen is None else {chosen.name: "chosen"}
-    apart = [setting for setting in (nearest, control, *also) if setting is not None]
+    apart = [setting for setting in (chosen, control, *tested, *also) if setting is not None]
     settings = {setting.name: setting for setting in (*search.tried, *apart)}
-    held_back = {setting.name for setting in apart if roles.get(setting.name, "tried") != "tried"}
+    held_back = {setting.name for setting in apart}
     reported = [
         run.setting(setting, roles.get(name, "tried"), costs.get(name), held_back=name in held_back)
         for name, setting in settings.items()
@@ -271,6 +274,15 @@ def _fastest(within: Sequence[Candidate], costs: dict[str, Cost]) -> Candidate |
         limit = min(times.values()) + TIME_NOISE
         within = [s for s in within if times.get(s.name, limit + 1) <= limit]
     return min(within, key=lambda setting: setting.flops, default=None)
+
+
+def _slowest_first(within: Sequence[Candidate], costs: dict[str, Cost]) -> list[Candidate]:
+    """Return the fastest settings, each with more FLOPs than the next."""
+    fastest: list[Candidate] = []
+    while len(fastest) < TESTED and (found := _fastest(within, costs)) is not None:
+        fastest.insert(0, found)
+        within = [setting for setting in within if setting.flops > found.flops]
+    return fastest
 
 
 def _one_step_cheaper(setting: Candidate, ladders: dict[str, list[Candidate]]) -> Candidate:

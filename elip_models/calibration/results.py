@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from elip_models.calibration import report
-from elip_models.calibration.choice import is_within
 from elip_models.intervals import Interval
 from elip_models.profiling.measure import no_gain
 from elip_models.saving.files import read_object, write_file, write_json
@@ -35,6 +34,7 @@ class Setting(NamedTuple):
         differences: by measure, reduced minus dense on the images that choose.
         role: "tried", "compared", "control", "chosen" or "distilled".
         held_back: as `differences`, on the images held back; None if it was not measured there.
+            A "tried" setting was tested there before the choice, or failed after it.
     """
 
     name: str
@@ -121,20 +121,6 @@ class Results:
         time = setting.time.get(self.cost_key)
         return time.mean if isinstance(time, Interval) else time
 
-    @property
-    def next_slower(self) -> Setting | None:
-        """Return the fastest other setting that was within the tolerance when one was chosen."""
-        others = [
-            (cost, setting)
-            for setting in self.settings
-            if setting.role in ("tried", "control")
-            and is_within(setting.differences[self.decides], self.tolerance)
-            and (cost := self.cost(setting)) is not None
-            and self.chosen is not None
-            and cost > self.cost(self.chosen)
-        ]
-        return min(others, key=lambda pair: pair[0], default=(None, None))[1]
-
     def sentence(self) -> str:
         """Return the result in one sentence, and what it lacks in a second and third."""
         tolerance, count = report.points(self.tolerance), sum(self.counts.values())
@@ -148,8 +134,7 @@ class Results:
             )
         result = (
             f"`{self.chosen.name}` takes {self._cost(self.chosen)} and "
-            f"{self._loss(self.chosen.held_back)} on {self.counts['held_back']} images that were "
-            "not used to choose it."
+            f"{self._loss(self.chosen.held_back)} on {self.counts['held_back']} images held back."
         )
         if self.confirmed:
             return result

@@ -64,6 +64,7 @@ class Run:
             origin |= {"device": self.device.type}
         self.outputs = StoredOutputs(task, self.folder, origin, progress=progress)
         self._of_dense: dict[tuple[tuple[int, ...], ...], dict[str, Measure]] = {}
+        self._held_back: dict[str, dict[str, Measure]] = {}
         self._differences: dict[tuple[str, tuple[int, ...]], dict[str, Interval]] = {}
 
     def searched(
@@ -151,8 +152,15 @@ class Run:
         """Return the measures on the images held back; what is fitted, is fitted on the others."""
         if setting is None:
             return self._dense(*self.parts)
-        chosen_on, held_back = (self.part(setting, images) for images in self.parts)
-        return self.task.measured(chosen_on, held_back)
+        if setting.name not in self._held_back:
+            chosen_on, held_back = (self.part(setting, images) for images in self.parts)
+            self._held_back[setting.name] = self.task.measured(chosen_on, held_back)
+        return self._held_back[setting.name]
+
+    def is_confirmed(self, setting: Candidate) -> bool:
+        """Return whether a setting is within the tolerance on the images held back."""
+        measured, dense = (self.held_back(which)[self.decides] for which in (setting, None))
+        return is_within(difference(measured, dense), self.tolerance)
 
     def _dense(self, *parts: tuple[int, ...]) -> dict[str, Measure]:
         """Return the measures of the dense model, which are computed once."""

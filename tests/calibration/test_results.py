@@ -111,20 +111,26 @@ def test_a_file_that_has_no_results_is_an_error(tmp_path):
 def test_the_sentence_has_time_loss_interval_and_images():
     assert made().sentence() == (
         "`merge 0.7` takes 0.69 of the time at batch 8 and loses 0.4 points of top-1 (-0.3 to 1.1) "
-        "on 500 images that were not used to choose it."
+        "on 500 images held back."
     )
     assert "gains 0.3 points of top-1 (-0.4 to 1.0)" in made(held_back=-0.003).sentence()
 
 
-def test_a_choice_that_is_not_confirmed_names_the_images_needed_and_the_next_setting():
+def test_a_choice_that_is_not_confirmed_names_the_images_needed():
     results = made(**UNCONFIRMED)
     assert results.sentence().endswith(
         "This does not confirm a loss of less than 1.5 points. About 2,400 images in all would "
         "show it, instead of 1,000."
     )
-    assert results.next_slower.name == "merge 0.8"
-    assert "`merge 0.8`, at 0.80 of the time at batch 8. Nothing is claimed" in markdown(results)
     assert "More images would not show it" in replace(results, needed=None).sentence()
+
+
+def test_a_faster_setting_that_failed_is_named():
+    failed = setting("merge 0.5", 0.5, 0.01, held_back=0.02)
+    results = replace(made(), settings=(*made().settings, failed))
+    assert "Not confirmed: `merge 0.5` at 0.50 of the time at batch 8 loses 2.0" in markdown(
+        results
+    )
 
 
 def test_no_choice_names_the_nearest_setting():
