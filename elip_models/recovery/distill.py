@@ -356,14 +356,15 @@ def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
             feature = output_feature(model(images))
     finally:
         last.remove()
-    if is_reduced(model) and not infos:
+    if is_reduced(model):
         strategy = reduction_summary(model).strategy
-        if strategy.changes_embedding:
+        if strategy.changes_embedding:  # a smaller image has another grid
             return feature, None
-        raise ValueError(
-            "strategy: expected one that reduces images without a text and in eval mode, got "
-            f"{strategy}"
-        )
+        if not infos:
+            raise ValueError(
+                "strategy: expected one that reduces images without a text and in eval mode, got "
+                f"{strategy}"
+            )
     tokens = tower.finish(seen[0] if isinstance(seen[0], Tensor) else seen[0][0])
     if infos:
         slots = slots_after(info.reduction for info in infos)

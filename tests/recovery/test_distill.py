@@ -84,6 +84,17 @@ def test_a_dense_model_is_reduced_and_a_reduced_one_keeps_its_strategy(dense, pi
     assert elip_models.reduction_summary(model).strategy == strategy
 
 
+@pytest.mark.parametrize("strategy", ["resize", "resize_merge"])
+def test_a_smaller_image_learns_the_feature_alone(dense, pictures, strategy):
+    """Its grid has other patches than the dense model's."""
+    losses = []
+    model = reduced_copy(dense, strategy=strategy)
+    distill(model, pictures, steps=2, progress=lambda step, loss: losses.append(loss))
+    feature, patches = _outputs(model, pictures[:2])
+    assert patches is None and feature.shape[0] == 2
+    assert len(losses) == 2
+
+
 def test_lora_changes_the_linear_layers_of_blocks_alone(dense, pictures):
     model = distill(reduced_copy(dense), pictures, steps=3, lr=1e-2, lora_rank=2)
     before = dense.state_dict()
