@@ -30,7 +30,7 @@ from elip_models.calibration.images import ImageTask
 from elip_models.calibration.results import Results
 from elip_models.calibration.run import Run
 from elip_models.calibration.task import Task
-from elip_models.profiling.measure import installed_versions, measured_on
+from elip_models.profiling.measure import installed_versions, measured_on, no_gain
 from elip_models.profiling.workload import shared_copy
 from elip_models.towers import check_module
 from elip_models.validation import Count, PositiveInt, PositiveShare, check, did_you_mean, shortened
@@ -191,7 +191,8 @@ def calibrate(
         reported.append(
             run.distilled(original, cheaper, distill, compile=compile, time=time, save=save)
         )
-    choice = next((setting for setting in reported if setting.role == "chosen"), None)
+    by_name = {setting.name: setting for setting in reported}
+    choice = None if chosen is None else by_name[chosen.name]
     confirmed = choice is not None and is_within(choice.held_back[run.decides], tolerance)
     return Results(
         task=task.name,
@@ -202,6 +203,7 @@ def calibrate(
         dense=run.dense_scores(),
         settings=tuple(reported),
         chosen=choice,
+        nearest=None if nearest is None else by_name[nearest.name],
         confirmed=confirmed,
         needed=None if confirmed else run.needed(choice, search.tried),
         refused=refused,
@@ -265,11 +267,15 @@ def _cheapest(within: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _fastest(within: Sequence[Candidate], costs: dict[str, Cost]) -> Candidate | None:
-    """Return the fastest setting; of times that differ by less than 0.03, that of fewest FLOPs."""
+    """Return the fastest setting; of times that differ by less than 0.03, that of fewest FLOPs.
+
+    A setting that saves no time is returned only if none saves any.
+    """
     if within and costs:
         times = {s.name: costs[s.name].deciding for s in within if s.name in costs}
         limit = min(times.values()) + TIME_NOISE
         within = [s for s in within if times.get(s.name, limit + 1) <= limit]
+        within = [s for s in within if not no_gain(times[s.name])] or within
     return min(within, key=lambda setting: setting.flops, default=None)
 
 
