@@ -31,7 +31,7 @@ from elip_models.calibration.images import ImageTask
 from elip_models.calibration.results import Results
 from elip_models.calibration.run import Run
 from elip_models.calibration.task import Task
-from elip_models.profiling.measure import installed_versions, measured_on
+from elip_models.profiling.measure import installed_versions, measured_on, no_gain
 from elip_models.profiling.workload import shared_copy
 from elip_models.towers import check_module
 from elip_models.validation import Count, PositiveInt, PositiveShare, check, did_you_mean, shortened
@@ -194,7 +194,8 @@ def calibrate(
         reported.append(
             run.distilled(original, cheaper, distill, compile=compile, time=time, save=save)
         )
-    choice = next((setting for setting in reported if setting.role == "chosen"), None)
+    by_name = {setting.name: setting for setting in reported}
+    choice = None if chosen is None else by_name[chosen.name]
     confirmed = choice is not None and is_within(choice.held_back[run.decides], tolerance)
     return Results(
         task=task.name,
@@ -205,6 +206,7 @@ def calibrate(
         dense=run.dense_scores(),
         settings=tuple(reported),
         chosen=choice,
+        nearest=None if nearest is None else by_name[nearest.name],
         confirmed=confirmed,
         needed=None if confirmed else run.needed(choice, search.tried),
         refused=refused,
@@ -277,8 +279,13 @@ def _fastest(within: Sequence[Candidate], costs: dict[str, Cost]) -> Candidate |
 
 
 def _slowest_first(within: Sequence[Candidate], costs: dict[str, Cost]) -> list[Candidate]:
-    """Return the fastest settings, each with more FLOPs than the next."""
+    """Return the fastest settings, each with more FLOPs than the next.
+
+    Settings that save no time are returned only if none saves any.
+    """
     fastest: list[Candidate] = []
+    gains = [s for s in within if s.name in costs and not no_gain(costs[s.name].deciding)]
+    within = gains or within
     while len(fastest) < TESTED and (found := _fastest(within, costs)) is not None:
         fastest.insert(0, found)
         within = [setting for setting in within if setting.flops > found.flops]

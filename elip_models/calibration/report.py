@@ -67,9 +67,6 @@ def _rendered(template: str, results: "Results") -> str:
         cost=cost_name(results),
         points=points,
         dense={name: interval(score) for name, score in results.dense.items()},
-        shown=next(
-            (setting for setting in (results.chosen, nearest(results)) if setting is not None), None
-        ),
     )
 
 
@@ -102,12 +99,6 @@ def cost_name(results: "Results") -> str:
         return "FLOPs"
     batch_size, _, step = results.cost_key.partition(" ")
     return f"{step} time at batch {batch_size}".strip()
-
-
-def nearest(results: "Results") -> "Setting | None":
-    """Return the setting whose worst loss is least; None if none was tried."""
-    tried = [setting for setting in results.settings if setting.role in ("tried", "control")]
-    return max(tried, key=lambda setting: setting.differences[results.decides].low, default=None)
 
 
 def columns(results: "Results", measures: Sequence[str]) -> list[str]:
@@ -166,7 +157,7 @@ def meaning(results: "Results") -> list[str]:
     """Return what the result means for a user, one paragraph a thought."""
     tolerance, chosen, decides = points(results.tolerance), results.chosen, results.decides
     said = []
-    if results.confirmed:
+    if results.usable:
         worst = number(-chosen.held_back[decides].low)
         said += [
             'You can use this setting: `elip_models.reduce_(model, "best.json")`.',
@@ -174,6 +165,11 @@ def meaning(results: "Results") -> list[str]:
             f"{tolerance}. A setting that loses {tolerance} or more passes this test with a "
             "probability of at most 2.5%.",
         ]
+    elif chosen is not None and not results.saves_time:
+        said.append(
+            "Use the dense model, larger batches or another machine, or accept a larger loss than "
+            f"{tolerance}. `best.json` was not written."
+        )
     elif chosen is not None:
         said.append(
             "Do not rely on this setting yet. On the images that chose it, it lost "

@@ -1,6 +1,6 @@
 """The result of a calibration: what was measured, the choice, and the files that report both.
 
-results.save("calibrated")      report.html, report.md, results.json and, if confirmed, best.json
+results.save("calibrated")      report.html, report.md, results.json and, if usable, best.json
 Results.read("calibrated/results.json") == results
 """
 
@@ -18,6 +18,8 @@ from elip_models.saving.files import read_object, write_file, write_json
 JSON, BEST = "results.json", "best.json"
 VERSION = 1
 """Of `results.json`."""
+NAMED = ("chosen", "nearest")
+"""Fields of `Results` that are one of its settings, which JSON has by name."""
 
 
 class Setting(NamedTuple):
@@ -79,6 +81,8 @@ class Results:
         dense: the measures of the dense model on the images held back.
         settings: all that were measured, in any order.
         chosen: that of the role "chosen"; None if no setting is within the tolerance.
+        nearest: the choice, or else the setting tried whose worst loss is least; None if no
+            strategy can reduce the model.
         confirmed: whether the choice is within the tolerance on the images held back, too.
         needed: if it is not, about how many images of both parts would show it; None if unknown.
         refused: strategies that cannot reduce this model, with the reason.
@@ -94,6 +98,7 @@ class Results:
     dense: dict[str, Interval]
     settings: tuple[Setting, ...]
     chosen: Setting | None
+    nearest: Setting | None
     confirmed: bool
     needed: int | None
     refused: dict[str, str]
@@ -121,21 +126,35 @@ class Results:
         time = setting.time.get(self.cost_key)
         return time.mean if isinstance(time, Interval) else time
 
+    @property
+    def saves_time(self) -> bool:
+        """Return whether the choice is faster than dense; True for one that was not timed."""
+        if self.chosen is None or self.cost_key is None:
+            return self.chosen is not None
+        return not no_gain(self.cost(self.chosen))
+
+    @property
+    def usable(self) -> bool:
+        """Return whether there is a choice that is confirmed and saves time."""
+        return self.confirmed and self.saves_time
+
     def sentence(self) -> str:
         """Return the result in one sentence, and what it lacks in a second and third."""
         tolerance, count = report.points(self.tolerance), sum(self.counts.values())
         if self.chosen is None:
-            if (nearest := report.nearest(self)) is None:
+            if self.nearest is None:
                 return "No strategy can reduce this model."
             return (
                 f"No setting was shown to lose less than {tolerance}. The nearest is "
-                f"`{nearest.name}`, which {self._loss(nearest.differences)} on the "
+                f"`{self.nearest.name}`, which {self._loss(self.nearest.differences)} on the "
                 f"{self.counts['chosen_on']} images that choose.{self._need(count)}"
             )
         result = (
             f"`{self.chosen.name}` takes {self._cost(self.chosen)} and "
             f"{self._loss(self.chosen.held_back)} on {self.counts['held_back']} images held back."
         )
+        if not self.saves_time:
+            return f"No setting within {tolerance} saves time on this machine. {result}"
         if self.confirmed:
             return result
         return f"{result} This does not confirm a loss of less than {tolerance}.{self._need(count)}"
@@ -145,8 +164,7 @@ class Results:
             return f"{setting.flops:.2f} of the FLOPs"
         batch_size, _, step = self.cost_key.partition(" ")
         of = f"{step} time" if step else "time"
-        slow = ", which is no gain on this machine," if no_gain(self.cost(setting)) else ""
-        return f"{self.cost(setting):.2f} of the {of} at batch {batch_size}{slow}"
+        return f"{self.cost(setting):.2f} of the {of} at batch {batch_size}"
 
     def _loss(self, differences: dict[str, Interval]) -> str:
         """Return "loses 0.4 points of top-1 (-0.3 to 1.1)", or what it gains."""
@@ -193,7 +211,7 @@ class Results:
             "measures": list(self.measures),
             "dense": _plain(self.dense),
             "settings": [_plain(setting._asdict()) for setting in self.settings],
-            "chosen": None if self.chosen is None else self.chosen.name,
+            **{name: getattr(getattr(self, name), "name", None) for name in NAMED},
             "worst": worst,
         }
 
@@ -211,6 +229,7 @@ class Results:
             )
         values = {field.name: stored[field.name] for field in fields(cls)}
         settings = tuple(Setting(**_restored(setting)) for setting in stored["settings"])
+        by_name = {setting.name: setting for setting in settings}
         worst = [
             Worst(**{**image, "picture": base64.b64decode(image["picture"])})
             for image in stored["worst"]
@@ -221,7 +240,7 @@ class Results:
                 "measures": tuple(stored["measures"]),
                 "dense": _restored(stored["dense"]),
                 "settings": settings,
-                "chosen": next((each for each in settings if each.role == "chosen"), None),
+                **{name: by_name.get(values[name]) for name in NAMED},
                 "worst": tuple(worst),
             }
         )
@@ -235,7 +254,7 @@ class Results:
             raise ValueError(f"{path}: expected results of a calibration, got {error!r}") from error
 
     def save(self, folder: str | Path) -> None:
-        """Write the report as HTML, Markdown and JSON, and a confirmed choice for `reduce_`.
+        """Write the report as HTML, Markdown and JSON, and a usable choice for `reduce_`.
 
         The choice of an earlier run is removed first, so that `best.json` is never another one than
         that of the report.
@@ -246,7 +265,7 @@ class Results:
         write_json(folder / JSON, self.as_json())
         write_file(folder / "report.md", report.markdown(self).encode())
         write_file(folder / "report.html", report.html(self).encode())
-        if self.confirmed:
+        if self.usable:
             facts = {"result": self.sentence(), "model": self.model, "task": self.task}
             choice = {**self.chosen.strategy, "calibration": facts | {"tolerance": self.tolerance}}
             write_json(folder / BEST, choice)

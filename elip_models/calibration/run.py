@@ -275,12 +275,18 @@ class Run:
         )
 
     def needed(self, choice: Setting | None, tried: Sequence[Candidate]) -> int | None:
-        """Return how many images both parts need to show that a setting is within the tolerance."""
+        """Return how many images both parts need to show that a setting is within the tolerance.
+
+        The loss of a choice is that on the images held back; its interval is the wider of both.
+        """
         if choice is None:
             part = self.parts.chosen_on
             intervals = [self.differences(setting, part)[self.decides] for setting in tried]
         else:
-            part, intervals = self.parts.held_back, [choice.held_back[self.decides]]
+            part, held_back = self.parts.held_back, choice.held_back[self.decides]
+            of_both = choice.differences[self.decides], held_back
+            width = max(interval.mean - interval.low for interval in of_both)
+            intervals = [held_back._replace(low=held_back.mean - width)]
         counts = [images_needed(interval, len(part), self.tolerance) for interval in intervals]
         return min((2 * count for count in counts if count is not None), default=None)
 

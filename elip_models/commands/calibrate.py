@@ -143,12 +143,11 @@ def calibrate(
     if prepared.task.name in TASKS_OF[None]:
         _print(console, ADVICE)
     _print(Console(), f"{results.table()}\n{results.sentence()}")
-    if not results.confirmed:
-        _print(
-            console,
-            f"error: {output / BEST} was not written, since no setting is confirmed to be within "
-            "the tolerance",
-        )
+    if not results.usable:
+        lack = "is confirmed to be within the tolerance"
+        if results.chosen is not None and not results.saves_time:
+            lack = "within the tolerance saves time on this machine"
+        _print(console, f"error: {output / BEST} was not written, since no setting {lack}")
         raise typer.Exit(1)
     _print(
         Console(),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TRIAL_SIZES = ((256, 256), (320, 240))
 """A preprocessing to one size gives that size for images of both."""
+POOLER = "pooler"
 Errors = type[Exception] | tuple[type[Exception], ...]
 
 
@@ -170,16 +171,24 @@ def open_with_images(
 ) -> "tuple[nn.Module, ImageFiles]":
     """Return the model that `spec` names, on a device of `device_named`, and the images for it.
 
-    `with_head` is that of `open_model`, `kept_bytes` that of `ImageFiles`.
+    A model whose pooler has no weights gets none: its feature is the class token. `with_head` is
+    that of `open_model`, `kept_bytes` that of `ImageFiles`.
     """
+    from elip_models.embedding.encoder import open_embedding_model
     from elip_models.profiling.measure import device_named
-    from elip_models.saving.open_model import open_model
     from elip_models.vlm.families import refuse_multimodal
 
     with as_config_error("--device", inner="device"):
         place = device_named(device)
-    with console.status("opening the model"), as_config_error("MODEL", inner="spec"):
-        model = open_model(spec, pretrained=pretrained, with_head=with_head)
+    with console.status("opening the model"), as_config_error("MODEL", inner="model"):
+        model, new_parts = open_embedding_model(spec, pretrained, with_head=with_head)
+    if set(new_parts) - {POOLER}:
+        raise ConfigError(
+            f"MODEL: expected weights for all parts, got none for {', '.join(new_parts)} in "
+            f"{spec}; add them to its files"
+        )
+    if new_parts:  # as transformers makes the model by add_pooling_layer=False
+        setattr(model, POOLER, None)
     with as_config_error("MODEL", inner="model"):
         refuse_multimodal(model)
         transform, size = _transform(model)

@@ -165,8 +165,12 @@ def open_encoder(
     return replace(encoder, dimension=dimension, weights_sha256=weights, compiled=compile)
 
 
-def open_embedding_model(spec: str, pretrained: bool) -> tuple[nn.Module, tuple[str, ...]]:
+def open_embedding_model(
+    spec: str, pretrained: bool, *, with_head: bool = False
+) -> tuple[nn.Module, tuple[str, ...]]:
     """Return the model that a text names, and its parts that have no weights.
+
+    The arguments are those of `open_model`.
 
     Raises:
         ConfigError: there is no such model, or it cannot be loaded.
@@ -174,7 +178,7 @@ def open_embedding_model(spec: str, pretrained: bool) -> tuple[nn.Module, tuple[
     """
     with warnings.catch_warnings(record=True) as caught, as_config_error("model", inner="spec"):
         warnings.simplefilter("always")
-        model = open_model(spec, pretrained=pretrained)
+        model = open_model(spec, pretrained=pretrained, with_head=with_head)
     new_parts: tuple[str, ...] = ()
     for warning in caught:
         if isinstance(warning.message, NewPartsWarning):

@@ -2,6 +2,7 @@
 
     timm:vit_base_patch16_224[:FILE]          an image model of timm, with the weights in a file
     open_clip:ViT-B-16[:laion2b_s34b_b88k]    a CLIP of open_clip, with its weights, also [:FILE]
+    timm:local-dir:FOLDER, open_clip:local-dir:FOLDER     what the library itself saved
     hf:google/vit-base-patch16-224            of transformers or this library, by name or folder
     elip_clip_vit_b16                         a name of `list_models`
     vit_tome                                  a folder of `save_reduced`, with its reduction
@@ -39,9 +40,12 @@ from elip_models.validation import check, did_you_mean, mismatch_error, require_
 
 FORMS = (
     "'timm:NAME', 'timm:NAME:FILE', 'open_clip:NAME', 'open_clip:NAME:TAG', "
-    "'open_clip:NAME:FILE', 'hf:NAME' or 'hf:FOLDER' ('hf:owner/name' also without 'hf:'), a name "
-    "of list_models(), or a folder of save_reduced, of save_pretrained or of a run"
+    "'open_clip:NAME:FILE', 'hf:NAME' or 'hf:FOLDER' ('hf:owner/name' also without 'hf:'), "
+    "'timm:local-dir:FOLDER', 'open_clip:local-dir:FOLDER', a name of list_models(), or a folder "
+    "of save_reduced, of save_pretrained or of a run"
 )
+ELSEWHERE = ("local-dir:", "hf-hub:")
+"""What a name of timm or open_clip begins with that is not in its list."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 LISTED = ("timm", "open_clip")
 """The libraries that list the names of their models."""
@@ -65,7 +69,8 @@ def open_model(
     Args:
         spec: 'timm:NAME', or 'timm:NAME:FILE' with the weights in a file; 'open_clip:NAME' for the
             first weights that open_clip lists, or 'open_clip:NAME:TAG', or a file instead of the
-            tag (a slash may stand for the second colon); 'hf:NAME' or 'hf:FOLDER', where
+            tag (a slash may stand for the second colon); NAME of both libraries can be
+            'local-dir:FOLDER'; 'hf:NAME' or 'hf:FOLDER', where
             'hf:owner/name' needs no 'hf:'; a name of `list_models`; or a folder: of
             `save_reduced`, whose model is reduced, of `save_pretrained`, or of a run, which has
             such a folder as `model`. A folder without weights needs `pretrained=False`.
@@ -141,14 +146,16 @@ def size_options(spec: str, image_size: int | None) -> dict[str, int]:
 
 def split_weights(name: str) -> tuple[str, str]:
     """Split 'NAME:WEIGHTS' or 'NAME/WEIGHTS' of a model of timm or open_clip; "" without any."""
-    match = re.match(r"(?!local-dir:|hf-hub:)([^:/]+)[:/](.*)", name, re.DOTALL)
+    if name.startswith(ELSEWHERE):
+        return name, ""
+    match = re.match(r"([^:/]+)[:/](.*)", name, re.DOTALL)
     return (match[1], match[2]) if match else (name, "")
 
 
 def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    is_elsewhere, file = name.startswith(("local-dir:", "hf-hub:")), ""
+    is_elsewhere, file = name.startswith(ELSEWHERE), ""
     if not is_elsewhere and ":" in name:
         name, file = split_weights(name)
         _check_weights_file(file, pretrained)
@@ -172,6 +179,11 @@ def _check_weights_file(file: str, pretrained: bool) -> None:
 def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     import open_clip
 
+    device = torch.get_default_device()
+    if name.startswith(ELSEWHERE):
+        weights = {"load_weights": pretrained, "require_pretrained": pretrained}
+        with library_errors(f"spec: {name}", "a model of open_clip with weights"):
+            return open_clip.create_model(name, **weights, device=device, **options)
     name, tag = split_weights(name)
     if name not in open_clip.list_models():
         raise ValueError(
@@ -189,7 +201,6 @@ def _open_open_clip(name: str, pretrained: bool, options: dict[str, Any]) -> nn.
             f"spec: expected a model with weights in open_clip, got {name!r}; pass pretrained=False"
         )
     weights = (tag or tags[0]) if pretrained else None
-    device = torch.get_default_device()
     with library_errors(f"spec: {tag}", f"weights of {name}") if is_file else nullcontext():
         try:
             return open_clip.create_model(name, pretrained=weights, device=device, **options)
@@ -247,8 +258,8 @@ def _from_folder(
         return load_reduced(folder).eval()
     if (folder / OPEN_CLIP_CONFIG).is_file():
         raise ValueError(
-            f"spec: expected an open_clip model with a reduction, got a dense one in {folder}; "
-            f"load it by open_clip.create_model('local-dir:{folder}'), and reduce_ it"
+            f"spec: expected 'open_clip:local-dir:{folder}' for a dense model of open_clip, got "
+            f"'{folder}'"
         )
     if not (folder / CONFIG).is_file():
         raise ValueError(f"spec: expected {FORMS}, got a folder with no {CONFIG} in it, {folder}")
@@ -270,7 +281,7 @@ def _from_folder(
 def _dense_form(folder: Path) -> str:
     """Return how to open the dense model of a folder of `save_reduced`, in words."""
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        return "by open_clip"
+        return f"as 'open_clip:local-dir:{folder}'"
     library = "timm:local-dir" if "architecture" in read_object(folder / CONFIG) else "hf"
     return f"as '{library}:{folder}'"
 

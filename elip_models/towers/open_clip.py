@@ -192,8 +192,8 @@ class OpenClipImageText(ImageTextModel):
 
     def load_tokenizer(self, name: str) -> Any:
         """Return the tokenizer of 'NAME', 'NAME:TAG', 'NAME/TAG' or 'local-dir:FOLDER'."""
-        is_folder = name.startswith("local-dir:")
-        return open_clip.get_tokenizer(name if is_folder else re.split("[:/]", name)[0])
+        is_elsewhere = name.startswith(("local-dir:", "hf-hub:"))
+        return open_clip.get_tokenizer(name if is_elsewhere else re.split("[:/]", name)[0])
 
     def tokenise(self, tokenizer: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         return {"text": tokenizer(list(captions))}

@@ -1,15 +1,20 @@
 """`calibrate` chooses as a full table does, on images that do not judge the choice."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import elip_models
 from elip_models.calibration import run
-from elip_models.calibration.calibrate import calibrate
+from elip_models.calibration.calibrate import _slowest_first, calibrate
 from elip_models.calibration.candidates import STRATEGIES, TowerCandidates
 from elip_models.calibration.choice import is_within, split
 from elip_models.calibration.classes import Head
+from elip_models.calibration.costs import Cost
+from elip_models.calibration.run import Run
 from elip_models.calibration.search import Search
+from elip_models.intervals import Interval
 from elip_models.strategies.spec import parse_spec
 from tests.helpers.towers import images, plain_vit
 
@@ -96,6 +101,36 @@ def test_the_model_stays_as_it_was(pictures):
     assert not elip_models.is_reduced(model) and model.training
     assert model.num_classes == 5
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_the_images_needed_go_by_the_wider_interval_of_both_parts(model, head):
+    run = Run(model, head, 0.01, seed=0, folder=None, progress=lambda text: None, batch_size=8)
+    narrow, wide = Interval(-0.005, -0.02, 0.01), Interval(0.0, -0.08, 0.08)
+    for pair in ((narrow, wide), (wide, narrow)):
+        of_parts = ({"top-1": interval} for interval in pair)
+        choice = SimpleNamespace(**dict(zip(("differences", "held_back"), of_parts, strict=True)))
+        margin = pair[1].mean + 0.01
+        assert run.needed(choice, ()) == pytest.approx(24 * (0.08 / margin) ** 2, abs=2)
+
+
+def test_the_nearest_setting_is_that_of_the_images_that_lose_most(model, head):
+    """The control can be nearer, but nobody tried it."""
+    results = calibrate(model, task=head, strategies=("merge", "evit"), tolerance=1e-9, time=False)
+    tried = [setting for setting in results.settings if setting.role == "tried"]
+    assert results.chosen is None and results.nearest in tried
+    assert results.nearest.differences["top-1"].low == max(
+        setting.differences["top-1"].low for setting in tried
+    )
+
+
+def test_a_setting_that_saves_no_time_is_chosen_only_if_none_saves_any():
+    def tested(*times):
+        settings = [SimpleNamespace(name=str(i), flops=1 - i / 10) for i in range(len(times))]
+        costs = {str(i): Cost({"8": time}, None) for i, time in enumerate(times)}
+        return "".join(setting.name for setting in _slowest_first(settings, costs))
+
+    assert tested(0.9, 0.8, 0.7, 0.5, 0.52) == "234"
+    assert tested(0.96, 0.98) == "0" and tested(1.0, 1.02) == "01"
 
 
 def test_the_choice_is_measured_on_images_that_did_not_choose(model, pictures, head):

@@ -57,6 +57,7 @@ def made(role="chosen", held_back=0.004, confirmed=True, needed=None):
             setting("merge 0.6, distilled", 0.6, 0.02, role="distilled", held_back=0.008),
         ),
         chosen=chosen if role == "chosen" else None,
+        nearest=chosen,
         confirmed=confirmed,
         needed=needed,
         refused={"guided": "it needs a text & an image"},
@@ -71,7 +72,13 @@ def made(role="chosen", held_back=0.004, confirmed=True, needed=None):
 def without_times(results):
     settings = tuple(each._replace(time={}) for each in results.settings)
     (chosen,) = (each for each in settings if each.role == "chosen")
-    return replace(results, settings=settings, chosen=chosen)
+    return replace(results, settings=settings, chosen=chosen, nearest=chosen)
+
+
+def slow():
+    """Results whose choice is confirmed, and as slow as the dense model."""
+    chosen = setting("merge 0.9", 0.99, 0.0, role="chosen", held_back=0.0)
+    return replace(made(), settings=(chosen,), chosen=chosen, nearest=chosen)
 
 
 UNCONFIRMED = {"held_back": 0.012, "confirmed": False, "needed": 2400}
@@ -79,8 +86,9 @@ ALL = {
     "confirmed": made(),
     "unconfirmed": made(**UNCONFIRMED),
     "none": made(role="tried", confirmed=False),
-    "refused": replace(made(confirmed=False), settings=(), chosen=None, worst=()),
+    "refused": replace(made(confirmed=False), settings=(), chosen=None, nearest=None, worst=()),
     "not timed": without_times(made()),
+    "no gain": slow(),
 }
 
 
@@ -88,14 +96,16 @@ ALL = {
 def test_results_are_equal_after_a_round_trip_by_json(results, tmp_path):
     results.save(tmp_path)
     assert Results.read(tmp_path / JSON) == results
-    assert (tmp_path / BEST).exists() is results.confirmed
+    assert (tmp_path / BEST).exists() is results.usable
 
 
-def test_a_confirmed_choice_is_a_file_for_reduce_and_an_unconfirmed_one_removes_it(tmp_path):
+def test_a_usable_choice_is_a_file_for_reduce_and_another_one_removes_it(tmp_path):
     made().save(tmp_path)
     assert read_strategy(str(tmp_path / BEST)) == get_strategy("merge:r=8")
-    made(**UNCONFIRMED).save(tmp_path)
-    assert not (tmp_path / BEST).exists()
+    for results in (made(**UNCONFIRMED), slow()):
+        made().save(tmp_path)
+        results.save(tmp_path)
+        assert not (tmp_path / BEST).exists()
 
 
 def test_a_file_that_has_no_results_is_an_error(tmp_path):
@@ -138,16 +148,22 @@ def test_no_choice_names_the_nearest_setting():
     assert ALL["refused"].sentence() == "No strategy can reduce this model."
 
 
-def test_a_time_that_is_no_gain_is_called_so():
-    slow = setting("merge 0.9", 0.99, 0.0, role="chosen", held_back=0.0)
-    sentence = replace(made(), settings=(slow,), chosen=slow).sentence()
-    assert "takes 0.99 of the time at batch 8, which is no gain on this machine, and" in sentence
+def test_a_choice_that_was_not_timed_goes_by_its_flops():
+    assert ALL["not timed"].usable
+
+
+def test_a_choice_that_saves_no_time_is_not_recommended():
+    assert slow().confirmed and not slow().usable
+    prefix = "No setting within 1.5 points saves time on this machine. `merge 0.9` takes 0.99 of"
+    assert slow().sentence().startswith(prefix)
+    assert "Use the dense model, larger batches" in markdown(slow())
+    assert "You can use this setting" not in markdown(slow())
 
 
 def test_the_first_step_of_the_largest_batch_decides():
     keys = ["1 prefill", "1 token", "16 prefill", "16 token", "8 prefill"]
     chosen = made().chosen._replace(time=dict.fromkeys(keys, 0.5))
-    results = replace(made(), settings=(chosen,), chosen=chosen)
+    results = replace(made(), settings=(chosen,), chosen=chosen, nearest=chosen)
     assert results.cost_key == "16 prefill"
     assert "takes 0.50 of the prefill time at batch 16 and" in results.sentence()
 
