@@ -19,8 +19,9 @@ from elip_models.towers import as_reducible, as_tower
 def merged_picture(task: Task, model: nn.Module, image: int) -> bytes:
     """Return a PNG of an image in which the patches of one token have their mean colour.
 
-    A setting that merges nothing, such as a smaller image, has the image as the model reads it.
-    There is no picture, b"", if the model does not read one image at a time.
+    Blocks that drop all patches, since only the class token is used, are not shown. A setting that
+    merges nothing, such as a smaller image, has the image as the model reads it. There is no
+    picture, b"", if the model does not read one image at a time.
     """
     if not isinstance(task, ImageTask):
         return b""
@@ -36,7 +37,8 @@ def merged_picture(task: Task, model: nn.Module, image: int) -> bytes:
     shown: Tensor = (smaller[0].float().cpu() * std + mean).clamp(0, 1)
     if infos:
         num_patches = infos[0].reduction.source_map().shape[-1] - tower.num_prefix_tokens
-        tokens = tokens_of_patches(infos, num_patches)[-1][0].cpu()
+        steps = (tokens[0].cpu() for tokens in reversed(tokens_of_patches(infos, num_patches)))
+        tokens = next(tokens for tokens in steps if (tokens >= 0).any())
         shown = merged_image(shown, tokens.view(grid_shape(num_patches, tuple(shown.shape[1:]))))
     file = io.BytesIO()
     to_pil_image(shown).save(file, "PNG")

@@ -1,9 +1,12 @@
 """`calibrate` chooses as a full table does, on images that do not judge the choice."""
 
+import copy
+import io
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import elip_models
 from elip_models.calibration import run
@@ -12,6 +15,7 @@ from elip_models.calibration.candidates import STRATEGIES, TowerCandidates
 from elip_models.calibration.choice import is_within, split
 from elip_models.calibration.classes import Head
 from elip_models.calibration.costs import Cost
+from elip_models.calibration.pictures import merged_picture
 from elip_models.calibration.run import Run
 from elip_models.calibration.search import Search
 from elip_models.intervals import Interval
@@ -153,6 +157,12 @@ def test_the_choice_is_measured_on_images_that_did_not_choose(model, pictures, h
 def _rate(setting):
     rate = setting.strategy["settings"]["r"]
     return tuple(rate) if isinstance(rate, list) else rate
+
+
+def test_the_picture_has_patches_if_the_last_block_drops_all(model, pictures, head):
+    reduced = elip_models.reduce_(copy.deepcopy(model), "merge:class_token_only=true", keep=0.7)
+    picture = Image.open(io.BytesIO(merged_picture(head, reduced, 0)))
+    assert len(picture.getcolors(1 << 20)) > 10
 
 
 def test_a_smaller_image_of_the_same_cost_is_the_control(model, head):
