@@ -171,6 +171,7 @@ def test_scripting_raises_until_the_reduction_is_undone(wrap):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["merge", "elip"])
 def test_a_program_for_any_size_merges_a_share_of_each_size(strategy):
     options = {"depth": 3, "embed_dim": 24, "num_heads": 2, "num_classes": 5}

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import elip_kernels
 import elip_models
 from elip_models.validation import PARTS
@@ -12,6 +14,7 @@ from elip_models.validation import PARTS
 SCRIPT = Path(__file__).parents[1] / "helpers" / "core_alone.py"
 
 
+@pytest.mark.slow
 def test_the_core_works_without_pretraining_and_embedding(tmp_path):
     core = tmp_path / "elip_models"
     core.mkdir()

@@ -40,7 +40,7 @@ META_PAGES = ("README.md", "index.md", "calibrate.md", "faster.md", "models.md")
 """Pages whose code uses ViT-B, which runs on the meta device: no memory, no time."""
 CPU_WORDS = ("open_clip", "from_pretrained", "save_reduced")
 """A block with one of these runs on the CPU, also in a page of `META_PAGES`."""
-SLOW_PAGES = ("faster.md", "how_it_works.md", "index.md", "strategies.md")
+SLOW_PAGES = ("faster.md", "how_it_works.md", "index.md", "serve.md", "strategies.md")
 
 
 def blocks(page, language):
@@ -240,10 +240,11 @@ def test_the_reference_has_every_public_name_of_the_kernels():
     assert named == set(elip_kernels.__all__) - {"__version__"}
 
 
-SCRIPTS = ("readme_table", "readme_chart", "serving", "studies", "api_table", "recipes")
-SCRIPTS += ("real_model", "panel", "vlm")
+SCRIPTS = ("readme_table", "readme_chart", "serving", "api_table", "recipes", "panel", "vlm")
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, pytest.param("supported", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", slow_except(SCRIPTS, [*SCRIPTS, "studies", "real_model", "supported"])
+)
 def test_the_tables_of_a_script_are_up_to_date(name):
     assert script(name).main(["--check"]) == 0
