@@ -92,7 +92,7 @@ class Answers(Task):
         max_new_tokens: int = 32,
         prompt: str | None = None,
     ) -> None:
-        _check_model(model)
+        check_answering(model)
         if score not in SCORES:
             raise ValueError(
                 f"score: expected {', '.join(SCORES)}, got {shortened(score)}"
@@ -332,7 +332,7 @@ def _have_answers(questions: Sequence[Question]) -> bool:
     return not without
 
 
-def _check_model(model: nn.Module) -> None:
+def check_answering(model: nn.Module) -> None:
     """Raise TypeError for a model that answers no questions about images."""
     multimodal, name = find_multimodal(model), type(model).__name__
     if multimodal is None or multimodal.head is None or not hasattr(model, "generate"):

@@ -193,9 +193,10 @@ class Probe(ClassTask):
         super().__init__(images, labels, classes=classes, batch_size=batch_size)
         numbers, counts = self.labels.unique(return_counts=True)
         if len(numbers) < 2:
+            only = self.classes[int(self.labels[0])]
             raise ValueError(
-                "labels: expected at least two classes with numbers from 0, got "
-                f"{shortened(numbers.tolist())}"
+                f"labels: expected at least two classes, got only {only!r}; add images of another "
+                "class"
             )
         if counts.min() < 2 * FOLDS:
             rarest = self.classes[numbers[counts.argmin()]]

@@ -108,21 +108,24 @@ class MaskFiles(Sequence):
         """Read mask i; ValueError for a file of another form or size."""
         file, image = self.files[i], self.images[i]
         try:
-            with open_image_file(file, str(file)) as mask, open_image_file(image, str(image)) as of:
-                if mask.mode not in ("1", "L", "P", "I;16", "I"):
-                    raise ValueError(
-                        f"masks: expected one channel of class indices, got {mask.mode} in "
-                        f"{file.name}; save the indices, not colours"
-                    )
-                if mask.size != of.size:
-                    raise ValueError(
-                        f"masks: expected the size of the image, {of.width} x {of.height} pixels, "
-                        f"got {mask.width} x {mask.height} in {file.name}; resize the mask by "
-                        "nearest neighbours, or remove it and its image"
-                    )
-                return torch.from_numpy(np.array(mask, dtype=np.int64))
+            with open_image_file(image, str(image)) as opened:
+                width, height = opened.size
+            with open_image_file(file, str(file)) as mask:
+                mode, size, classes = mask.mode, mask.size, np.array(mask)
         except SampleError as error:
             raise ValueError(f"masks: {error}") from error
+        if mode not in ("1", "L", "P", "I;16", "I"):
+            raise ValueError(
+                f"masks: expected one channel of class indices, got {mode} in {file}; save the "
+                "indices, not colours"
+            )
+        if size != (width, height):
+            raise ValueError(
+                f"masks: expected the size of the image, {width} x {height} pixels, got "
+                f"{size[0]} x {size[1]} in {file}; resize the mask by nearest neighbours, or "
+                "remove it and its image"
+            )
+        return torch.from_numpy(classes.astype(np.int64))
 
 
 def read_questions(file: Path, folder: Path) -> list[Question]:
@@ -193,7 +196,8 @@ def _paths(
     if not _are_texts(names) or (single and len(names) > 1):
         wanted = "the path of an image" if single else "paths of images"
         raise ValueError(
-            f"{argument}: expected {wanted} in each row, got {shortened(row)} in {place}"
+            f"{argument}: expected {wanted} in each row, got {shortened(row)} in {place}; add it "
+            "under the key image, or remove the row"
         )
     paths = tuple(folder / name for name in names)
     missing = [name for name, path in zip(names, paths, strict=True) if not path.is_file()]

@@ -304,7 +304,7 @@ def _answers(
     """Open a multimodal language model with its processor, and draw images with their questions."""
     from transformers import AutoProcessor
 
-    from elip_models.calibration.answers import Answers
+    from elip_models.calibration.answers import Answers, check_answering
     from elip_models.calibration.data import read_questions
     from elip_models.profiling.measure import device_named
     from elip_models.saving.meta_build import library_errors
@@ -318,10 +318,12 @@ def _answers(
         device = device_named(opening.device)
     with console.status("opening the model"), as_config_error("MODEL", inner="spec"):
         model = open_model(opening.spec, pretrained=opening.pretrained, with_head=True)
-        name = getattr(getattr(model, "config", None), "name_or_path", "")
+    with as_config_error("MODEL", inner="model"):
+        model = _dense(model, console).to(device)
+        check_answering(model)
+        name = model.config.name_or_path
         with library_errors(name, "a processor"):
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    model = _dense(model, console).to(device)
     task = Answers(questions, model=model, processor=processor, **answering)
     names = [row[0].images[0].relative_to(source.images).as_posix() for row in task.questions]
     return Prepared(task, model, names)
@@ -372,7 +374,7 @@ def read_classes(labels: str, folder: Path, paths: Sequence[Path]) -> dict[Path,
             f"--labels: expected a CSV file in UTF-8, got {labels}: {error}; save it as text"
         ) from error
     keys = {path: path.relative_to(folder).as_posix() for path in paths}
-    missing = [key for key in keys.values() if key not in rows]
+    missing = [key for key in keys.values() if not rows.get(key, "").strip()]
     if missing:
         raise ConfigError(
             f"--labels: expected a line image,label for each image in {labels}, got none for "

@@ -82,7 +82,7 @@ def image_files(folder: Path, *, least: int = 8) -> list[Path]:
     if len(paths) < least:
         raise ConfigError(
             f"IMAGES: expected at least {least} image files ({', '.join(IMAGE_ENDINGS)}), got "
-            f"{len(paths)} in {folder}"
+            f"{len(paths)} in {folder}; add images"
         )
     return paths
 

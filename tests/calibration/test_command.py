@@ -42,6 +42,15 @@ def made(tmp_path_factory):
     return folder
 
 
+NO_GAIN = "elip_models.calibration.results.no_gain"
+
+
+@pytest.fixture(autouse=True)
+def a_choice_saves_time(monkeypatch):
+    """Tiny models on a busy machine may save none."""
+    monkeypatch.setattr(NO_GAIN, lambda ratio: False)
+
+
 def arguments(made, *more):
     return "calibrate", f"timm:local-dir:{made / 'vit'}", made / "photos", *more
 
@@ -77,6 +86,15 @@ def test_a_choice_that_is_not_confirmed_is_not_written(made, tmp_path, capsys):
     options = "--output", tmp_path / "out", "--tolerance", 1e-9, "--labels", "folders"
     assert elip(*arguments(made, *options)) == 1
     assert "best.json was not written" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "best.json").exists()
+
+
+@pytest.mark.slow
+def test_a_choice_that_saves_no_time_is_not_written(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(NO_GAIN, lambda ratio: True)
+    options = "--output", tmp_path / "out", "--tolerance", 1, "--labels", "folders"
+    assert elip(*arguments(made, *options)) == 1
+    assert "no setting within the tolerance saves time on this machine" in capsys.readouterr().err
     assert not (tmp_path / "out" / "best.json").exists()
 
 

@@ -98,10 +98,10 @@ def test_masks_and_images_that_do_not_fit_are_refused(folder):
         mask_files(images, folder, masks)
     extra.unlink()
     wrong = mask(folder, "b/c", size=(4, 6))
-    with pytest.raises(ValueError, match=r"size of the image, 6 x 4 pixels, got 4 x 6 in c\.png"):
+    with pytest.raises(ValueError, match=r"size of the image, 6 x 4 pixels, got 4 x 6 in .*c\.png"):
         MaskFiles([file, wrong], images)[1]
     Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(file)
-    with pytest.raises(ValueError, match=r"class indices, got RGB in a\.png"):
+    with pytest.raises(ValueError, match=r"class indices, got RGB in .*a\.png"):
         MaskFiles([file], images)[0]
 
 
