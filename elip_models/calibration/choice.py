@@ -14,14 +14,16 @@ Multiple comparisons in drug clinical trials and preclinical assays.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from statistics import NormalDist
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from elip_models.calibration.task import Measure, ratio
-from elip_models.intervals import Interval, interval_of_totals, paired_interval
+from elip_models.intervals import LEVEL, Interval, interval_of_totals, paired_interval
 
 T = TypeVar("T")
+SLACK = 0.7  # few images tell the width of an interval badly
 
 
 class Parts(NamedTuple):
@@ -80,6 +82,24 @@ def difference(reduced: Measure, dense: Measure) -> Interval:
 def is_within(interval: Interval, tolerance: float) -> bool:
     """Return whether a setting with this difference from dense is non-inferior."""
     return interval.low > -tolerance
+
+
+def may_be_within(interval: Interval, count: int, total: int, tolerance: float) -> bool:
+    """Return whether a setting may be within the tolerance on all images, by a part of them.
+
+    It may if its interval on all images would be within, with a difference that is one standard
+    error nearer to 0, and an interval that is narrower than expected by the factor `SLACK`.
+
+    Args:
+        interval: the difference from dense on the part.
+        count: the images of the part.
+        total: all images.
+        tolerance: the largest loss.
+    """
+    half = interval.mean - interval.low
+    error = half / NormalDist().inv_cdf((1 + LEVEL) / 2)
+    mean = max(interval.mean, min(0.0, interval.mean + error))
+    return mean - SLACK * half * math.sqrt(count / total) > -tolerance
 
 
 def fixed_sequence(settings: Iterable[T], passes: Callable[[T], bool]) -> tuple[list[T], T | None]:

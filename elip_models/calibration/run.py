@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from elip_kernels import __version__
 from elip_models.calibration.candidates import Candidate
-from elip_models.calibration.choice import Parts, difference, images_needed, is_within, split
+from elip_models.calibration.choice import (
+    Parts,
+    difference,
+    images_needed,
+    is_within,
+    may_be_within,
+    split,
+)
 from elip_models.calibration.costs import Cost, measured_costs
 from elip_models.calibration.outputs import OUTPUTS, StoredOutputs
 from elip_models.calibration.pictures import merged_picture
@@ -24,8 +31,8 @@ from elip_models.intervals import Interval, interval_of_totals
 from elip_models.recovery.distill import distill
 from elip_models.saving.files import tensors_sha256
 
-FIRST_ANSWER = 200
-"""Images of the first answer, if there are many more."""
+PORTIONS = (50, 200)
+"""Images that are measured before all, if there are many more; the last give a first answer."""
 SHOWN = 10  # images that lose most
 
 
@@ -76,50 +83,52 @@ class Run:
     ) -> Search:
         """Return the search over all images that choose, after a first answer on few of them.
 
-        A setting that loses more than the tolerance on these few is not measured on all, unless
-        `every` asks for it.
+        A setting that may not be within the tolerance by one of the `PORTIONS` is not measured on
+        more, unless `every` asks for it.
         """
         chosen_on = self.parts.chosen_on
-        promising, nearest = None, []
-        if len(chosen_on) >= 2 * FIRST_ANSWER:
-            few = tuple(sorted(random.Random(self.seed).sample(chosen_on, FIRST_ANSWER)))
-            promising = partial(self._mean_within, few)
-            first = Search(promising)
+        drawn = random.Random(self.seed).sample(chosen_on, len(chosen_on))
+        portions = [
+            tuple(sorted(drawn[:count])) for count in PORTIONS if 2 * count <= len(chosen_on)
+        ]
+
+        def is_promising(setting: Candidate) -> bool:
+            return all(self._may_be_within(portion, setting) for portion in portions)
+
+        if len(portions) == len(PORTIONS):
+            first = Search(partial(self._mean_within, portions[-1]), is_promising=is_promising)
             first.add_all(ladders.values())
-            announce(self._first_answer(first, few))
-            nearest = sorted(first.tried, key=partial(self._mean, few))[-1:]
+            announce(self._first_answer(first, portions[-1]))
         within = partial(self._within, chosen_on)
-        search = Search(within, is_promising=None if every else promising, every=every)
+        search = Search(within, is_promising=None if every else is_promising, every=every)
         search.add_all(ladders.values())
-        search.tried = search.tried or nearest
+        if not search.tried:  # the safest is reported
+            safest = (ladder[0] for ladder in ladders.values() if ladder)
+            search.tried += sorted(safest, key=lambda setting: setting.flops)[-1:]
         return search
+
+    def _may_be_within(self, images: tuple[int, ...], setting: Candidate) -> bool:
+        interval = self.differences(setting, images)[self.decides]
+        return may_be_within(interval, len(images), len(self.parts.chosen_on), self.tolerance)
 
     def _within(self, images: tuple[int, ...], setting: Candidate) -> bool:
         return is_within(self.differences(setting, images)[self.decides], self.tolerance)
 
     def _mean_within(self, images: tuple[int, ...], setting: Candidate) -> bool:
         """Return whether the difference itself is within: few images have a wide interval."""
-        return self._mean(images, setting) > -self.tolerance
-
-    def _mean(self, images: tuple[int, ...], setting: Candidate) -> float:
-        return self.differences(setting, images)[self.decides].mean
+        return self.differences(setting, images)[self.decides].mean > -self.tolerance
 
     def _first_answer(self, search: Search, images: tuple[int, ...]) -> str:
         """Return the cheapest setting on a few images as a sentence."""
-        where = f"First answer, on {len(images)} images:"
-        if not search.tried:
-            return f"{where} no strategy can reduce this model."
+        where, follow = f"First answer, on {len(images)} images:", "More images follow."
         best = min(search.within, key=lambda setting: setting.flops, default=None)
-        shown = best or max(
-            search.tried, key=lambda s: self.differences(s, images)[self.decides].low
-        )
-        interval = self.differences(shown, images)[self.decides]
-        change = f"{100 * interval.mean:+.1f} points of {self.decides} (95% CI "
-        change += f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
-        found = "is within" if best else "is the nearest, not within"
+        if best is None:
+            return f"{where} no setting seems to be within the tolerance. {follow}"
+        interval = self.differences(best, images)[self.decides]
         return (
-            f"{where} {shown.name} at {shown.flops:.2f} of the dense FLOPs {found} the tolerance: "
-            f"{change}. More images follow."
+            f"{where} {best.name} at {best.flops:.2f} of the dense FLOPs seems to be within the "
+            f"tolerance: {100 * interval.mean:+.1f} points of {self.decides} (95% CI "
+            f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}). {follow}"
         )
 
     def part(self, setting: Candidate | None, images: Sequence[int]) -> Part:

@@ -89,9 +89,9 @@ def test_a_setting_that_fails_on_few_images_is_not_measured_on_all(model, head, 
     assert min(s.flops for s in search.within) == min(s.flops for s in falling if s.flops > 0.6)
 
 
-def test_if_every_setting_fails_on_few_images_the_nearest_is_reported(model, head, monkeypatch):
-    monkeypatch.setattr(run, "FIRST_ANSWER", 6)
-    monkeypatch.setattr(run.Run, "_mean", lambda self, images, setting: -setting.flops)
+def test_if_every_setting_fails_on_few_images_the_safest_is_reported(model, head, monkeypatch):
+    monkeypatch.setattr(run, "PORTIONS", (6,))
+    monkeypatch.setattr(run, "may_be_within", lambda *_: False)
     results = calibrate(model, task=head, strategies=FEW, tolerance=1e-9, time=False)
     tried = [setting for setting in results.settings if setting.role == "tried"]
     assert results.chosen is None
@@ -190,7 +190,7 @@ def test_times_are_of_one_image_and_of_a_batch(model, head):
 
 
 def test_a_few_images_give_a_first_answer(model, pictures, monkeypatch):
-    monkeypatch.setattr("elip_models.calibration.run.FIRST_ANSWER", 4)
+    monkeypatch.setattr(run, "PORTIONS", (2, 4))
     answers = []
     calibrate(
         *(model, pictures),

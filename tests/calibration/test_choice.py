@@ -13,6 +13,7 @@ from elip_models.calibration.choice import (
     fixed_sequence,
     images_needed,
     is_within,
+    may_be_within,
     split,
 )
 from elip_models.calibration.task import Measure, ratio
@@ -113,7 +114,22 @@ def test_the_number_of_images_narrows_the_interval_to_the_tolerance():
     assert images_needed(Interval(-0.02, -0.03, -0.01), 400, 0.02) is None
 
 
-def test_settings_are_fixed_sequence_until_one_fails():
+@pytest.mark.parametrize(
+    ("mean", "half", "may"),
+    [
+        (0, 0.03, True),
+        (0, 0.12, False),
+        (0.02, 0.12, True),
+        (-0.02, 0.03, True),
+        (-0.1, 0.03, False),
+    ],
+)
+def test_few_images_show_what_cannot_be_within_on_all(mean, half, may):
+    interval = Interval(mean, mean - half, mean + half)
+    assert may_be_within(interval, 50, 500, 0.02) is may
+
+
+def test_settings_are_tested_in_order_until_one_fails():
     assert fixed_sequence([5, 4, 3, 2], lambda setting: setting > 3) == ([5, 4, 3], 4)
     assert fixed_sequence([3, 5], lambda setting: setting > 3) == ([3], None)
     assert fixed_sequence([], bool) == ([], None)
