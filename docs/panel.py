@@ -1,4 +1,4 @@
-"""Write the panel of labelled sets and CamVid in results.md from their committed results.
+"""Write the panel of photographs in results.md from its committed results.
 
 python docs/panel.py             # rewrite the block between the markers
 python docs/panel.py --check     # exit status 1 if the block is stale
@@ -10,20 +10,24 @@ from typing import Any
 from benchmarks.marked_block import Block, run
 from benchmarks.real.measures import KNN, OWN, TOP1
 from benchmarks.real.panel_tables import (
+    RECALL_TITLES,
     TITLES,
+    calibrated_table,
     camvid_table,
     contrasts_table,
     panel_table,
+    retrieval_table,
     sets_table,
 )
 from elip_models.saving.files import read_object
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "real"
+NAMES = "panel", "camvid", "retrieval", "calibrated"
 
 
-def block(panel: dict[str, Any], camvid: dict[str, Any]) -> str:
-    """Return the sets, a table for each measure, contrasts at equal time, and CamVid."""
+def block(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dict[str, Any]) -> str:
+    """Return the sets, a table for each measure, contrasts at equal time, CamVid and retrieval."""
     margin = 100 * panel["margin"]
     parts = [
         f"{panel['model']}, features in {panel['dtype']}. No setting was chosen on these "
@@ -49,9 +53,36 @@ def block(panel: dict[str, Any], camvid: dict[str, Any]) -> str:
         f"{camvid['group']} consecutive frames). `dense@294` is the dense model on images of 294 "
         f"pixels in height instead of 336. Times with whole grids: {times_note(camvid)}.",
         camvid_table(camvid),
+        "**Retrieval**, Flickr8k: its "
+        f"{retrieval['photographs']:,} training photographs, which chose no setting. Maps of "
+        "DINOv2's and MiniLM's features are fitted on one half and measured on the other, both "
+        "ways. Each caption looks for its photograph (text) and each photograph for a caption "
+        "(image) among those of its half. Dense: "
+        + ", ".join(
+            f"{title} {100 * retrieval['dense'][name]:.1f}" for name, title in RECALL_TITLES.items()
+        )
+        + ". Differences in points, with 95% intervals (percentile bootstrap of photographs; they "
+        "take the maps as given).",
+        retrieval_table(retrieval),
         measured_on(panel),
     ]
     return "\n\n".join(parts)
+
+
+def calibrated_block(calibrated: dict[str, Any]) -> str:
+    """Return what `calibrate` chose on a user's photographs, and what others say of the choice."""
+    first, *_ = calibrated["sets"].values()
+    return "\n\n".join(
+        [
+            f"`calibrate` with a tolerance of {100 * calibrated['tolerance']:.0f} points and the "
+            f"task `{calibrated['task']}`, on {first['calibrated_on']:,} photographs of a set that "
+            "the panel does not measure. The judges are the panel's photographs of the set, "
+            f"{first['judged_on']:,} or more, classified by probes of the same "
+            f"{first['calibrated_on']:,}. Points of top-1 with 95% intervals.",
+            calibrated_table(calibrated),
+            measured_on(calibrated),
+        ]
+    )
 
 
 def times_note(document: dict[str, Any]) -> str:
@@ -79,8 +110,12 @@ def measured_on(document: dict[str, Any]) -> str:
 
 def blocks() -> list[Block]:
     """Return the block of the page."""
-    panel, camvid = (read_object(RESULTS / f"{name}.json") for name in ("panel", "camvid"))
-    return [Block(DOCS / "results.md", "panel", block(panel, camvid))]
+    page = DOCS / "results.md"
+    panel, camvid, retrieval, calibrated = (read_object(RESULTS / f"{name}.json") for name in NAMES)
+    return [
+        Block(page, "panel", block(panel, camvid, retrieval)),
+        Block(page, "calibrated", calibrated_block(calibrated)),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:

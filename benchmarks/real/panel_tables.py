@@ -1,4 +1,4 @@
-"""Tables and rows of the panel of labelled sets and of CamVid, from their committed results.
+"""Tables and rows of the panel, of CamVid, of retrieval and of calibrations, from their results.
 
 The mean over the sets counts each set once. Its interval is that of a mean of independent sets.
 """
@@ -8,13 +8,14 @@ from math import hypot
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from benchmarks.real.measures import KNN, OWN, TOP1
+from benchmarks.real.measures import KNN, OWN, RECALLS, TOP1
 from benchmarks.real.sets import SOURCES
 from benchmarks.tables import table
 from elip_models.intervals import Interval, paired_interval
 from elip_models.profiling.measure import NO_GAIN
 
 TITLES = {TOP1: "probe of dense features", OWN: "own probe", KNN: "nearest neighbours"}
+RECALL_TITLES = dict(zip(RECALLS, ("text R@1", "text R@5", "image R@1", "image R@5"), strict=True))
 EQUAL_TIME = 0.03
 """Largest difference of the times, relative to dense, of two settings that are contrasted."""
 BATCH, SINGLE = 8, 1
@@ -48,10 +49,7 @@ def rows(panel: Document, measure: str = OWN) -> list[Row]:
         differences = {
             name: each["settings"][i]["difference"][measure] for name, each in panel["sets"].items()
         }
-        sets = {
-            name: Interval(each["mean"], each["low"], each["high"])
-            for name, each in differences.items()
-        }
+        sets = {name: interval_of(each) for name, each in differences.items()}
         found.append(
             Row(
                 entry["setting"],
@@ -187,8 +185,56 @@ def camvid_table(camvid: Document) -> str:
             [
                 f"`{entry['setting']}`",
                 *(time_text(camvid, entry["setting"], batch) for batch in (BATCH, SINGLE)),
-                *(points(Interval(*gaps[head].values())) for head in ("own", "dense")),
+                *(points(interval_of(gaps[head])) for head in ("own", "dense")),
             ]
         )
     header = ["setting", "batch 8", "batch 1", "own head", "head of dense features"]
     return table(header, cells, left=1)
+
+
+def retrieval_table(retrieval: Document) -> str:
+    """Return a row for each setting: the difference of each recall, by own maps and dense ones."""
+    cells = [
+        [
+            f"`{entry['setting']}`",
+            *(recall_text(entry, "own", name) for name in RECALLS),
+            *(recall_text(entry, "dense", name) for name in RECALLS[1::2]),
+        ]
+        for entry in retrieval["settings"]
+    ]
+    dense = (f"{RECALL_TITLES[name]}, maps of dense features" for name in RECALLS[1::2])
+    return table(["setting", *RECALL_TITLES.values(), *dense], cells, left=1)
+
+
+def recall_text(entry: Document, maps: str, name: str) -> str:
+    """Return the difference of a recall in points, bold if it is non-inferior."""
+    found = entry["difference"][maps][name]
+    bold = "**" if found["non_inferior"] else ""
+    return f"{bold}{points(interval_of(found))}{bold}"
+
+
+def interval_of(found: Document) -> Interval:
+    """Return the interval in an entry that may say more of it."""
+    return Interval(*(found[end] for end in Interval._fields))
+
+
+def calibrated_table(calibrated: Document) -> str:
+    """Return a row for each set: what `calibrate` chose and promised, and what other images say."""
+    cells = []
+    for name, found in calibrated["sets"].items():
+        if found["chosen"] is None:
+            cells.append([name, "none", "", "", "", ""])
+            continue
+        judged = (points(interval_of(found["judged"][measure])) for measure in (TOP1, OWN))
+        cells.append(
+            [
+                name,
+                f"`{found['chosen']}`",
+                f"{found['time']:.2f}",
+                points(interval_of(found["held_back"]))
+                + ("" if found["confirmed"] else ", refused"),
+                *judged,
+            ]
+        )
+    header = ["set", "choice", "time", "on the 500 held back", "on the judges", "own probe"]
+    return table(header, cells, left=2)
