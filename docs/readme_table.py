@@ -167,8 +167,8 @@ def settings_table(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dic
         f"the reduced model, on {photographs:,} photographs of {len(sets)} sets, of which the "
         "clothes alone had chosen settings before. Non-inferior: the interval ends above "
         f"−{margin:.0f} point. mIoU: a linear head on CamVid, at about the same time. R@5: "
-        f"text-to-image recall among {retrieval['photographs'] // 2:,} photographs of Flickr8k. "
-        "Empty: not measured. Time relative to "
+        f"text-to-image recall of {retrieval['photographs']:,} photographs of Flickr8k, in two "
+        "halves. Empty: not measured. Time relative to "
         f"dense, one thread of {panel['time']['device']}; no GPU was measured. "
         "[All sets](docs/results.md#a-panel-of-labelled-photographs).*"
     )
