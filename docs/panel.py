@@ -44,6 +44,7 @@ def block(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dict[str, An
         parts += [f"**{TITLES[measure].capitalize()}**", panel_table(panel, measure)]
     contrasted = contrasts_table(panel)
     parts += [
+        measured_on(panel),
         "**Settings of about equal time, own probes.** Points of the first minus points of the "
         "second. Better or worse: sets whose 95% interval excludes zero.",
         contrasted,
@@ -53,6 +54,7 @@ def block(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dict[str, An
         f"{camvid['group']} consecutive frames). `dense@294` is the dense model on images of 294 "
         f"pixels in height instead of 336. Times with whole grids: {times_note(camvid)}.",
         camvid_table(camvid),
+        measured_on(camvid),
         "**Retrieval**, Flickr8k: its "
         f"{retrieval['photographs']:,} training photographs, which chose no setting. Maps of "
         "DINOv2's and MiniLM's features are fitted on one half and measured on the other, both "
@@ -64,7 +66,7 @@ def block(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dict[str, An
         + ". Differences in points, with 95% intervals (percentile bootstrap of photographs; they "
         "take the maps as given).",
         retrieval_table(retrieval),
-        measured_on(panel),
+        measured_on(retrieval),
     ]
     return "\n\n".join(parts)
 
@@ -75,9 +77,9 @@ def calibrated_block(calibrated: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"`calibrate` with a tolerance of {100 * calibrated['tolerance']:.0f} points and the "
-            f"task `{calibrated['task']}`, on {first['calibrated_on']:,} photographs of a set that "
-            "the panel does not measure. The judges are the panel's photographs of the set, "
-            f"{first['judged_on']:,} or more, classified by probes of the same "
+            f"task `{calibrated['task']}`, on {first['calibrated_on']:,} photographs of the part "
+            "of a set that the panel does not measure. The judges are the panel's photographs of "
+            f"the set, {first['judged_on']:,} or more, classified by probes of the same "
             f"{first['calibrated_on']:,}. Points of top-1 with 95% intervals.",
             calibrated_table(calibrated),
             measured_on(calibrated),
@@ -102,9 +104,11 @@ def times_note(document: dict[str, Any]) -> str:
 def measured_on(document: dict[str, Any]) -> str:
     """Return machine, date, commit and versions."""
     versions = ", ".join(f"{name} {text}" for name, text in document["versions"].items())
+    times = document.get("time", document)["commit"]
+    changed = ", times with uncommitted changes to pages" if times["dirty"] else ""
     return (
         f"Measured on {document['device']} on {document['date']} at commit "
-        f"{document['commit']['id'][:7]}; {versions}."
+        f"{document['commit']['id'][:7]}{changed}; {versions}."
     )
 
 

@@ -16,7 +16,7 @@ from elip_models.profiling.measure import NO_GAIN
 
 TITLES = {TOP1: "probe of dense features", OWN: "own probe", KNN: "nearest neighbours"}
 RECALL_TITLES = dict(zip(RECALLS, ("text R@1", "text R@5", "image R@1", "image R@5"), strict=True))
-EQUAL_TIME = 0.03
+EQUAL_TIME = 0.05
 """Largest difference of the times, relative to dense, of two settings that are contrasted."""
 BATCH, SINGLE = 8, 1
 
