@@ -1,91 +1,64 @@
 """What vLLM checks when it has read its configuration: settings are used or refused, never ignored.
 
-vLLM has one such class for an architecture, in a table. `install_checks` puts these checks before
-the class that an architecture has there.
+vLLM has one such class for an architecture, in a table. `install_checks` replaces the table by one
+with the same entries, each of which looks for settings first.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import UserDict
 from typing import Any
 
-from elip_models.integrations.vllm.families import FAMILIES
-from elip_models.integrations.vllm.settings import serving_strategy
+from elip_models.integrations.vllm.placement import KEY, check_placement
 from elip_models.validation import require_extra
 
 with require_extra("elip_models.integrations.vllm"):
-    from vllm.logger import init_logger
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-
-EXAMPLE = 576
-"""The tokens of the image in the log: a square, as `pool` needs."""
-logger = init_logger(f"vllm.{__name__}")  # vLLM prints messages of its child loggers
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import config as model_configs
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 
 class CheckedSettings(VerifyAndUpdateConfig):
-    """The checks of an architecture."""
+    """The checks of an architecture. What they need is imported with the first settings."""
 
     @classmethod
     def verify_and_update_model_config(cls, model_config: Any) -> None:
-        """Raise an error for wrong settings, and for a model that has no entry in the table."""
+        """Give a model with settings the class that obeys them, or raise an error."""
         super().verify_and_update_model_config(model_config)
-        config, architecture = model_config.hf_config, model_config.architecture
-        if serving_strategy(config) is None:
-            return
-        remedy = """pass --hf-overrides '{"elip": null}' to serve it with every token"""
-        if architecture not in FAMILIES:
-            raise ValueError(
-                f"model: expected one of {', '.join(FAMILIES)} for fewer image tokens, got "
-                f"{architecture}; {remedy}"
-            )
-        tower = config.vision_config.model_type
-        if tower in FAMILIES[architecture].other_towers:
-            raise ValueError(
-                f"model: expected an image tower whose tokens are adjacent in the prompt, got "
-                f"{tower}, with a token between rows; {remedy}"
-            )
+        if not callable(model_config.hf_overrides):
+            check_placement(model_config.hf_overrides or {})
+        if _has_settings(model_config):
+            from elip_models.integrations.vllm.reduced_config import reduce_config
+
+            reduce_config(model_config)
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: Any) -> None:
         """Raise an error for options that do not fit fewer image tokens, and log the strategy."""
         super().verify_and_update_config(vllm_config)
-        model_config = vllm_config.model_config
-        strategy = serving_strategy(model_config.hf_config)
-        if strategy is None:
-            return
-        for option, reason in _refused(vllm_config, FAMILIES[model_config.architecture].has_mrope):
-            raise ValueError(f"{option}: expected it unset with fewer image tokens, {reason}")
-        logger.info(
-            "elip-kernels: %s keeps %d tokens of an image of %d",
-            strategy,
-            strategy.count(EXAMPLE),
-            EXAMPLE,
-        )
+        if _has_settings(vllm_config.model_config):
+            from elip_models.integrations.vllm.reduced_config import check_options
+
+            check_options(vllm_config)
 
 
-def _refused(vllm_config: Any, has_mrope: bool) -> Iterator[tuple[str, str]]:
-    """Yield the options that are set but do not fit, and why."""
-    parallel, lora = vllm_config.parallel_config, vllm_config.lora_config
-    if vllm_config.model_config.multimodal_config.video_pruning_rate:
-        yield "--video-pruning-rate", "since both select tokens of a clip; leave out one of them"
-    if lora is not None and lora.enable_tower_connector_lora:
-        yield (
-            "--enable-tower-connector-lora",
-            "since vLLM computes the tokens of the tower from the kept ones; leave it out",
-        )
-    if vllm_config.compilation_config.cudagraph_mm_encoder:
-        yield "cudagraph_mm_encoder", "since the graph leaves out the selection; set it to false"
-    if has_mrope and parallel.pipeline_parallel_size > 1:
-        yield (
-            "--pipeline-parallel-size",
-            "since later stages do not receive positions of image tokens; use "
-            "--tensor-parallel-size",
-        )
-    if has_mrope and parallel.use_ubatching:
-        yield "--enable-dbo", "since a step has one buffer for positions; leave it out"
+def _has_settings(model_config: Any) -> bool:
+    return getattr(model_config.hf_config, KEY, None) is not None
 
 
-def install_checks(architectures: Iterable[str]) -> None:
-    """Put the checks before what vLLM itself checks for these architectures."""
-    for architecture in architectures:
-        present = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
-        if not issubclass(present, CheckedSettings):
-            MODELS_CONFIG_MAP[architecture] = type(present.__name__, (CheckedSettings, present), {})
+class CheckedConfigs(UserDict[str, type[VerifyAndUpdateConfig]]):
+    """vLLM's table of checks by architecture, which vLLM reads by `get`."""
+
+    def __init__(self, stock: dict[str, type[VerifyAndUpdateConfig]]) -> None:
+        self.data = stock  # later entries of others go into it
+
+    def get(self, architecture: str, default: Any = None) -> Any:
+        """Return the checks of an architecture, with those of settings; of any that vLLM has."""
+        if architecture not in self and architecture not in ModelRegistry.get_supported_archs():
+            return default
+        stock = self.data.get(architecture, VerifyAndUpdateConfig)
+        return type(stock.__name__, (CheckedSettings, stock), {})
+
+
+def install_checks() -> None:
+    """Replace vLLM's table of checks, once."""
+    if not isinstance(model_configs.MODELS_CONFIG_MAP, CheckedConfigs):
+        model_configs.MODELS_CONFIG_MAP = CheckedConfigs(model_configs.MODELS_CONFIG_MAP)

@@ -1,6 +1,5 @@
 """The models of vLLM whose image tokens can be reduced, as a table."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -14,7 +13,7 @@ class Family(NamedTuple):
         dummy_inputs: how the name of its `..DummyInputsBuilder` begins.
         has_mrope: whether positions have a time, a row and a column.
         has_videos: whether clips can be reduced too.
-        other_towers: `prompts` for the image towers, by their `model_type`, that keep every token.
+        refused_towers: the image towers, by their `model_type`, with a token between rows.
     """
 
     file: str
@@ -23,7 +22,18 @@ class Family(NamedTuple):
     dummy_inputs: str
     has_mrope: bool = False
     has_videos: bool = False
-    other_towers: Mapping[str, str] = {}
+    refused_towers: tuple[str, ...] = ()
+
+    @property
+    def seams(self) -> tuple[str, ...]:
+        """Return the classes of vLLM that are subclassed or called."""
+        names = (
+            self.model,
+            f"{self.prompts}ProcessingInfo",
+            f"{self.prompts}MultiModalProcessor",
+            f"{self.dummy_inputs}DummyInputsBuilder",
+        )
+        return tuple(f"vllm.model_executor.models.{self.file}:{name}" for name in names)
 
 
 FAMILIES = {
@@ -35,7 +45,7 @@ FAMILIES = {
         "LlavaForConditionalGeneration",
         "Llava",
         "Llava",
-        other_towers={"pixtral": "PixtralHF"},
+        refused_towers=("pixtral",),
     ),
     "LlavaNextForConditionalGeneration": Family(
         "llava_next", "LlavaNextForConditionalGeneration", "LlavaNext", "Llava"
@@ -68,3 +78,7 @@ FAMILIES = {
     ),
 }
 """The models by their architecture, as the config of a model names it."""
+
+
+REDUCED = "Reduced"
+"""What the name of a model with fewer image tokens has before that of its architecture."""

@@ -1,7 +1,7 @@
 """The model side of vLLM: image features are selected, and M-RoPE positions follow them.
 
-A model is a subclass of vLLM's own, with the mixins of this file. vLLM loads it by the name of its
-architecture, a key of `families.FAMILIES`, and it is built on first use.
+A model is a subclass of vLLM's own, with the mixins of this file. Its name here is the architecture
+of vLLM's model, a key of `families.FAMILIES`, and it is built on first use.
 """
 
 from collections.abc import Iterator
@@ -36,13 +36,13 @@ class ReducedModel:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         model_config = vllm_config.model_config
-        self.strategy = serving_strategy(model_config.hf_config)
+        self.strategy = serving_strategy(model_config.hf_config.elip)
         self.text_width = model_config.get_inputs_embeds_size()
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Return the features of images that stay, a tensor (k, D) for each image."""
         items = super().embed_multimodal(**kwargs)
-        if self.strategy is None or items is None:
+        if items is None:
             return items
         return [select_features(item, self.text_width, self.strategy) for item in items]
 
@@ -59,7 +59,7 @@ class MRoPEOffsets:
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Return the features of images, with the digits of each token's offset behind them."""
         items = super().embed_multimodal(**kwargs)
-        if self.strategy is None or not items:
+        if not items:
             return items
         return [
             torch.cat((item, encode_offsets(offsets, item.dtype).to(item.device)), 1)
@@ -83,8 +83,6 @@ class MRoPEOffsets:
         self, input_tokens: list[int], mm_features: list[Any]
     ) -> tuple[Tensor, int]:
         """Return the positions (3, M) of a prompt, and the distance to those of new tokens."""
-        if self.strategy is None:
-            return super().get_mrope_input_positions(input_tokens, mm_features)
         items = sorted(mm_features, key=lambda item: item.mm_position.offset)
         kept = [item.mm_position.length for item in items]
         grids = [item.data[f"{item.modality}_grid_thw"].data for item in items]
@@ -108,13 +106,12 @@ class MRoPEOffsets:
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
         """Return the embeddings of a step's tokens; the offsets of its image tokens are stored."""
-        if self.strategy is not None:
-            offsets = self.offsets[:, : len(input_ids)].zero_()
-            if multimodal_embeddings:
-                digits = torch.cat([item[:, -COLUMNS:] for item in multimodal_embeddings])
-                is_image = is_multimodal.to(offsets.device, non_blocking=True)
-                offsets.masked_scatter_(is_image, decode_offsets(digits))
-                multimodal_embeddings = [item[:, :-COLUMNS] for item in multimodal_embeddings]
+        offsets = self.offsets[:, : len(input_ids)].zero_()
+        if multimodal_embeddings:
+            digits = torch.cat([item[:, -COLUMNS:] for item in multimodal_embeddings])
+            is_image = is_multimodal.to(offsets.device, non_blocking=True)
+            offsets.masked_scatter_(is_image, decode_offsets(digits))
+            multimodal_embeddings = [item[:, :-COLUMNS] for item in multimodal_embeddings]
         return super().embed_input_ids(
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal
         )
@@ -128,10 +125,9 @@ class MRoPEOffsets:
         **kwargs: Any,
     ) -> Any:
         """Run a step; the offsets of `embed_input_ids` are added to the positions (3, T)."""
-        if self.strategy is not None:
-            length = positions.shape[1]
-            moved = self.positions[:, :length]
-            positions = torch.add(positions, self.offsets[:, :length], out=moved)
+        length = positions.shape[1]
+        moved = self.positions[:, :length]
+        positions = torch.add(positions, self.offsets[:, :length], out=moved)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
 
@@ -139,21 +135,17 @@ def build(architecture: str) -> type:
     """Return the reduced model of an architecture, with its processor registered."""
     family = FAMILIES[architecture]
     file = import_module(f"vllm.model_executor.models.{family.file}")
-
-    def reduced_class(config: Any, end: str, mixin: type) -> type:
-        prompts = family.other_towers.get(config.vision_config.model_type, family.prompts)
-        return _mixed(getattr(file, f"{prompts}{end}"), mixin, reduces_videos=family.has_videos)
-
-    def info(context: Any) -> ReducedInfo:
-        return reduced_class(context.get_hf_config(), "ProcessingInfo", ReducedInfo)(context)
-
-    def processor(info: ReducedInfo, *args: Any, **kwargs: Any) -> ReducedProcessor:
-        cls = reduced_class(info.get_hf_config(), "MultiModalProcessor", ReducedProcessor)
-        return cls(info, *args, **kwargs)
-
+    info = _mixed(
+        getattr(file, f"{family.prompts}ProcessingInfo"),
+        ReducedInfo,
+        reduces_videos=family.has_videos,
+    )
+    register = MULTIMODAL_REGISTRY.register_processor(
+        _mixed(getattr(file, f"{family.prompts}MultiModalProcessor"), ReducedProcessor),
+        info=info,
+        dummy_inputs=getattr(file, f"{family.dummy_inputs}DummyInputsBuilder"),
+    )
     mixins = (ReducedModel, MRoPEOffsets) if family.has_mrope else (ReducedModel,)
-    builder = getattr(file, f"{family.dummy_inputs}DummyInputsBuilder")
-    register = MULTIMODAL_REGISTRY.register_processor(processor, info=info, dummy_inputs=builder)
     return register(_mixed(getattr(file, family.model), *mixins))
 
 

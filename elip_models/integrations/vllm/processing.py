@@ -26,20 +26,19 @@ class ReducedInfo(BaseProcessingInfo):
     reduces_videos: ClassVar[bool]
 
     @cached_property
-    def strategy(self) -> ImageTokenStrategy | None:
-        """Return the strategy of the model, or None."""
-        return serving_strategy(self.get_hf_config())
+    def strategy(self) -> ImageTokenStrategy:
+        """Return the strategy of the model."""
+        return serving_strategy(self.get_hf_config().elip)
 
     @property
     def model_id(self) -> str:
         """Return the part of cache keys that names the model; it has the settings too."""
-        name = super().model_id
-        return name if self.strategy is None else f"{name} {self.strategy!r}"
+        return f"{super().model_id} {self.strategy!r}"
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """Return how many images and clips a prompt may have: no clip that cannot be reduced."""
         limits = super().get_supported_mm_limits()
-        if self.strategy is None or self.reduces_videos:
+        if self.reduces_videos:
             return limits
         return {name: 0 if name == "video" else limit for name, limit in limits.items()}
 
@@ -48,7 +47,7 @@ class ReducedInfo(BaseProcessingInfo):
     ) -> Mapping[str, int] | None:
         """Return the most tokens of an image and a clip; vLLM profiles memory by them."""
         whole = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
-        if whole is None or self.strategy is None:
+        if whole is None:
             return whole
         allowed = [name for name, limit in self.allowed_mm_limits.items() if limit]
         return {name: self.strategy.count(whole[name]) for name in allowed if name in whole}
@@ -62,8 +61,7 @@ class ReducedProcessor(BaseMultiModalProcessor):
     ) -> Sequence[PromptUpdate]:
         """Return what replaces images in the prompt; vLLM's processors define this method."""
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        strategy = self.info.strategy
-        return updates if strategy is None else [_shorten(update, strategy) for update in updates]
+        return [_shorten(update, self.info.strategy) for update in updates]
 
 
 def _shorten(update: PromptReplacement, strategy: ImageTokenStrategy) -> PromptReplacement:

@@ -1,5 +1,6 @@
 """The strategy in the config of a model that vLLM serves."""
 
+from dataclasses import fields, replace
 from typing import Any
 
 from elip_models.validation import as_config_error, check
@@ -9,9 +10,12 @@ from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import ImageTokenStrategy, LanguageStrategy
 from elip_models.vlm.strategies.dedup import Dedup
 
+FEWEST_TOKENS = 8
+"""The least number of tokens of an image. A lower integer was probably meant to be a share."""
 
-def serving_strategy(config: Any) -> ImageTokenStrategy | None:
-    """Return the strategy in `config.elip`, or None without settings.
+
+def serving_strategy(settings: Any) -> ImageTokenStrategy:
+    """Return the strategy of the settings in a model's config, its `elip`.
 
     The settings are the arguments of `reduce_`, `{"strategy": "diverse", "keep": 0.25}`, or those
     that `save_reduced` has stored.
@@ -19,15 +23,15 @@ def serving_strategy(config: Any) -> ImageTokenStrategy | None:
     Raises:
         ConfigError: a wrong value, or a strategy that cannot act in vLLM, with the reason.
     """
-    settings = getattr(config, "elip", None)
-    if settings is None:
-        return None
     with as_config_error("elip"):
         strategy = _strategy_of(settings)
         if (reason := _why_unsupported(strategy)) is not None:
+            raise ValueError(f"{_refusal(strategy)}: {reason}; pass another one in --hf-overrides")
+        if isinstance(strategy.keep, int) and strategy.keep < FEWEST_TOKENS:
             raise ValueError(
-                f"strategy: expected one of {', '.join(SUPPORTED)} in vLLM, got "
-                f"{strategy.name!r}: {reason}; pass another one in --hf-overrides"
+                "keep: expected a float in (0, 1] for a share of the tokens, or an int of at "
+                f"least {FEWEST_TOKENS} for their number, got {strategy.keep}; pass 0.25 to keep a "
+                "quarter of them"
             )
         return strategy
 
@@ -36,6 +40,11 @@ def _strategy_of(settings: Any) -> LanguageStrategy:
     check("settings", settings, dict)
     if "version" not in settings:
         options = dict(settings)
+        for name, value in options.items():
+            if value is None:
+                raise ValueError(
+                    f"{name}: expected a value, got None; leave it out for the default"
+                )
         return language_strategy(options.pop("strategy", None), options)
     of_tower, strategies = read_strategies(settings)
     names = [strategy.name for strategy in (of_tower, *strategies) if strategy is not None]
@@ -46,6 +55,17 @@ def _strategy_of(settings: Any) -> LanguageStrategy:
             "model with every token"
         )
     return strategies[0]
+
+
+def _refusal(strategy: LanguageStrategy) -> str:
+    """Return the beginning of an error: the strategy, or its option that cannot act in vLLM."""
+    for field in fields(strategy):
+        value = getattr(strategy, field.name)
+        if _why_unsupported(replace(strategy, **{field.name: field.default})) is None:
+            return (
+                f"{field.name}: expected {field.default} for {strategy.name!r} in vLLM, got {value}"
+            )
+    return f"strategy: expected one of {', '.join(SUPPORTED)} in vLLM, got {strategy.name!r}"
 
 
 def _why_unsupported(strategy: LanguageStrategy) -> str | None:

@@ -1,7 +1,5 @@
 """Settings, counts and positions of the vLLM plugin, in plain torch."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import transformers as hf
@@ -23,22 +21,16 @@ from tests.vlm.models import build
 IMAGE = 9
 
 
-def strategy_of(settings):
-    return serving_strategy(SimpleNamespace(elip=settings))
-
-
 def test_settings_are_the_arguments_of_reduce():
-    assert serving_strategy(SimpleNamespace()) is None
-    assert strategy_of(None) is None
-    assert strategy_of({"keep": 0.25}) == Diverse(keep=0.25)
-    assert strategy_of({"strategy": "pool", "keep": 64}) == Pool(keep=64)
-    assert strategy_of({"strategy": "diverse:keep=0.5"}) == Diverse(keep=0.5)
+    assert serving_strategy({"keep": 0.25}) == Diverse(keep=0.25)
+    assert serving_strategy({"strategy": "pool", "keep": 64}) == Pool(keep=64)
+    assert serving_strategy({"strategy": "diverse:keep=0.5"}) == Diverse(keep=0.5)
 
 
 def test_settings_of_a_saved_model_are_read():
     model, _ = build("llava")
     elip_models.reduce_(model, "stride", keep=0.3)
-    assert serving_strategy(model.config) == Stride(keep=0.3)
+    assert serving_strategy(model.config.elip) == Stride(keep=0.3)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +41,15 @@ def test_settings_of_a_saved_model_are_read():
         ({"kep": 0.5}, "elip: kep: .* did you mean 'keep'"),
         ({"strategy": "tome"}, "elip: "),
         ({"strategy": "cdpruner"}, "got 'cdpruner': it reads the question"),
-        ({"strategy": "diverse", "relevance": True}, "got 'diverse': it reads the question"),
+        ({"keep": None}, "elip: keep: expected a value, got None"),
+        (
+            {"keep": 2},
+            "elip: keep: expected a float .* an int of at least 8 .* got 2; pass 0.25",
+        ),
+        (
+            {"strategy": "diverse:relevance=true"},
+            "elip: relevance: expected False for 'diverse' in vLLM, got True: it reads",
+        ),
         ({"strategy": "visionzip"}, "got 'visionzip': it reads the attention"),
         ({"strategy": "evs"}, "got 'evs': vLLM has it for videos as --video-pruning-rate"),
         ({"strategy": "fastv"}, "got 'fastv': it acts inside the language model"),
@@ -57,7 +57,7 @@ def test_settings_of_a_saved_model_are_read():
 )
 def test_settings_that_cannot_act_in_vllm_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        strategy_of(settings)
+        serving_strategy(settings)
 
 
 def test_two_saved_strategies_are_refused():
@@ -65,7 +65,7 @@ def test_two_saved_strategies_are_refused():
     elip_models.reduce_(model, "stride", keep=0.5)
     elip_models.reduce_(model, "fastv", layer=1)
     with pytest.raises(ConfigError, match="got stride and fastv; pass one"):
-        serving_strategy(model.config)
+        serving_strategy(model.config.elip)
 
 
 def test_placeholders_are_removed_and_other_ids_stay():
@@ -90,7 +90,7 @@ def test_features_are_those_of_reduce_in_image_order(name):
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_ranks_whose_generators_differ_select_the_same_features(name):
-    strategy, images = strategy_of({"strategy": name, "keep": 0.25}), torch.randn(2, 64, 8)
+    strategy, images = serving_strategy({"strategy": name, "keep": 0.25}), torch.randn(2, 64, 8)
     ranks = []
     for seed in (3, 4):
         torch.manual_seed(seed)
@@ -99,7 +99,7 @@ def test_ranks_whose_generators_differ_select_the_same_features(name):
 
 
 def test_random_tokens_of_another_image_are_others():
-    strategy = strategy_of({"strategy": "random_tokens", "keep": 0.25})
+    strategy = serving_strategy({"strategy": "random_tokens", "keep": 0.25})
     places = torch.arange(64.0)[:, None]
     one, two = (
         select_features(torch.cat((torch.randn(64, 8), places), 1), 8, strategy)[:, 8]

@@ -1,11 +1,10 @@
-"""What the plugin refuses when vLLM reads its configuration, and versions of vLLM."""
+"""What the plugin refuses when vLLM reads its configuration."""
 
 import pytest
 import transformers as hf
 
 pytest.importorskip("vllm", reason="needs vLLM: pip install 'elip-kernels[vllm-test]'")
 
-from elip_models.integrations.vllm import plugin
 from tests.integrations.vllm.checkpoints import MODELS
 from tests.integrations.vllm.engines import configure
 
@@ -80,14 +79,3 @@ def test_settings_of_models_that_are_not_reduced_are_refused(tmp_path, config, m
     with pytest.raises(ValueError, match=message):
         configure(tmp_path, {"keep": 0.5}, skip_tokenizer_init=True)
     assert configure(tmp_path, None, skip_tokenizer_init=True)
-
-
-def test_another_version_is_warned_of_and_what_it_lacks_is_named(monkeypatch):
-    messages = []
-    for level in ("warning", "error"):
-        monkeypatch.setattr(plugin.logger, level, lambda text, *args: messages.append(text % args))
-    monkeypatch.setattr(plugin.vllm, "__version__", "0.99.0")
-    monkeypatch.setattr(plugin, "SEAMS", (*plugin.SEAMS, "vllm.multimodal:NOTHING.there"))
-    plugin.register()
-    assert messages[0].startswith("elip-kernels is tested with vLLM 0.32, got 0.99.0")
-    assert "vLLM 0.99.0 has no vllm.multimodal:NOTHING.there; install vLLM 0.32" in messages[1]
