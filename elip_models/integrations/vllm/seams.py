@@ -23,7 +23,6 @@ SEAMS = (
     "vllm.model_executor.models.interfaces:SupportsMultiModal.embed_multimodal",
     "vllm.multimodal:MULTIMODAL_REGISTRY.register_processor",
     "vllm.multimodal.processing:BaseMultiModalProcessor._get_prompt_updates",
-    "vllm.multimodal.processing:BaseMultiModalProcessor.apply",
     "vllm.multimodal.processing:BaseProcessingInfo.allowed_mm_limits",
     "vllm.multimodal.processing:BaseProcessingInfo.get_hf_config",
     "vllm.multimodal.processing:BaseProcessingInfo.get_mm_max_tokens_per_item",
