@@ -59,18 +59,19 @@ def checked(
     model = dinov2.timm_model().to(getattr(torch, options.dtype))
     images = torch.cat(list(dinov2.batches(found.paths[:COUNT])))
     reports = folder / "calibrated" / name
-    results = elip_models.calibrate(
-        model,
-        images,
-        labels=found.labels[:COUNT],
-        task=options.task,
-        tolerance=TOLERANCE,
-        class_token_only=True,
-        seed=options.seed,
-        folder=reports,
-        names=[path.name for path in found.paths[:COUNT]],
-        progress=lambda line: console.print(f"{name}: {line}", highlight=False),
-    )
+    with console.status(name) as status:
+        results = elip_models.calibrate(
+            model,
+            images,
+            labels=found.labels[:COUNT],
+            task=options.task,
+            tolerance=TOLERANCE,
+            class_token_only=True,
+            seed=options.seed,
+            folder=reports,
+            names=[path.name for path in found.paths[:COUNT]],
+            progress=lambda line: status.update(f"{name}: {line}"),
+        )
     results.save(reports)
     choice = results.chosen
     entry = {

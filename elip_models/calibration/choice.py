@@ -8,7 +8,7 @@ A setting is non-inferior if the lower end of the 95% interval of its difference
 model, paired by image, is above minus the tolerance. A setting that loses the tolerance or more
 passes with a probability of at most 2.5%. Source: Piaggio et al. (2012), the extension of the
 CONSORT statement to non-inferiority trials. Several tests in a fixed order, each only after the one
-before has passed, are together as often wrong as a single one. Source: Maurer et al. (1995),
+before has passed, have together the error rate of one test. Source: Maurer et al. (1995),
 Multiple comparisons in drug clinical trials and preclinical assays.
 """
 

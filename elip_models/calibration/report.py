@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from elip_models.calibration.results import Results, Setting
 
 
-BESIDE = {
+NOT_CHOSEN = {
     "tried": "Not confirmed:",
     "control": "The control",
     "distilled": "After training,",
 }
-"""What is said of settings beside the choice, by role."""
+"""How the sentence on a setting that was not chosen begins, by its role."""
 
 
 class Row(NamedTuple):
@@ -183,15 +183,15 @@ def meaning(results: "Results") -> list[str]:
             "`best.json` was not written."
         )
     for setting in results.settings:
-        if setting.held_back is None or setting.role not in BESIDE:
+        if setting.held_back is None or setting.role not in NOT_CHOSEN:
             continue
         gap, cost = setting.held_back[decides], results.cost(setting)
         if setting.role == "tried" and is_within(gap, results.tolerance):
             continue
         where = "" if cost is None else f" at {cost:.2f} of the {cost_name(results)}"
         said.append(
-            f"{BESIDE[setting.role]} `{setting.name}`{where} loses {interval(loss(gap))} points on "
-            "the same images held back."
+            f"{NOT_CHOSEN[setting.role]} `{setting.name}`{where} loses {interval(loss(gap))} "
+            "points on the same images held back."
         )
     said.append(
         f"A point is a hundredth of {decides}. Numbers in brackets are a 95% confidence interval. "
@@ -218,8 +218,9 @@ def method(results: "Results") -> list[str]:
         "interleaved rounds after a warm-up.",
         "The fastest of them, at most three, were tested on the images held back, the slowest "
         "first, until one was not within the tolerance. The last that was is the choice.",
-        "Nothing was fitted on the images held back. Such a sequence is as often wrong as a single "
-        "test (Maurer et al. 1995). Control and compared settings were measured there, too.",
+        "Nothing was fitted on the images held back. Tests in such an order have together the "
+        "error rate of one test (Maurer et al. 1995). Control and compared settings were measured "
+        "there, too.",
         "Intervals of right or wrong answers are those of Bonett and Price (2012). Others are "
         f"percentile bootstraps over images with {RESAMPLES:,} draws.",
     ]
