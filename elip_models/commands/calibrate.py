@@ -84,6 +84,10 @@ def calibrate(
         int | None,
         typer.Option(min=8, help="Images, drawn at random: by default 200, or 2,000 with classes."),
     ] = None,
+    minutes: Annotated[
+        float,
+        typer.Option(min=0, help="Use as many of these images as about this time allows; 0: all."),
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw and of the halves.")] = 0,
     batch_size: Annotated[
         int, typer.Option(min=1, max=2**16, help="Images in a batch, for outputs and times.")
@@ -124,7 +128,7 @@ def calibrate(
         raise ConfigError(f"--output: expected a folder, or a name for a new one, got {output}")
     options = {"tolerance": tolerance, "compare": compare or (), "distill": distill, "seed": seed}
     options |= {"batch_size": batch_size, "compile": compile, "every": every}
-    options |= {"class_token_only": class_token_only}
+    options |= {"class_token_only": class_token_only, "minutes": minutes}
     with locked_folder(output, "--output", marker=MARKER):
         with as_option_error(calibrate, folder="--output"):
             prepared = prepare(
