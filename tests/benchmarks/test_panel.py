@@ -207,6 +207,15 @@ def test_camvid_compares_reduced_models_and_smaller_images_with_dense(frames):
     assert panel_tables.camvid_table(document).count("\n") == 4
 
 
+def test_the_power_is_that_of_simulated_photographs():
+    gap = {"gains": 20, "losses": 34}
+    entry = {"setting": "tome 0.5", "difference": {OWN: gap}}
+    document = {"margin": 0.01, "sets": {"a": {"photographs": 1500, "settings": [entry]}}}
+    changed = np.random.default_rng(0).multinomial(1500, [0.018, 0.018, 0.964], size=1000)
+    passed = [paired_interval(*map(int, each[:2]), 1500).low > -0.01 for each in changed]
+    assert panel_tables.power(document, "tome 0.5") == pytest.approx([np.mean(passed)], abs=0.05)
+
+
 def test_variants_have_the_flops_of_the_first_and_are_judged_on_the_same_photographs(
     photographs, model, monkeypatch
 ):
