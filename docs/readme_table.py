@@ -137,7 +137,7 @@ def settings_table(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dic
         row = found[name]
         cells.append(
             [
-                f"`{name}`",
+                panel_tables.title(name),
                 *(panel_tables.time_text(panel, name, batch) for batch in BATCHES),
                 panel_tables.points(row.mean),
                 f"{row.worst}: {panel_tables.points(row.sets[row.worst])}",

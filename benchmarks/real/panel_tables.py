@@ -19,6 +19,11 @@ RECALL_TITLES = dict(zip(RECALLS, ("text R@1", "text R@5", "image R@1", "image R
 EQUAL_TIME = 0.05
 """Largest difference of the times, relative to dense, of two settings that are contrasted."""
 BATCH, SINGLE = 8, 1
+DISTILLED = {
+    "distilled_resize_merge": "`resize_merge 0.5`, distilled for 500 steps",
+    "distilled_merge": "`merge 0.7`, distilled for 300 steps",
+}
+"""Folder of a model that `elip distill` wrote, by which results name it: its row in tables."""
 
 Document = dict[str, Any]
 
@@ -104,6 +109,11 @@ def times(document: Document, batch: int) -> dict[str, Interval]:
     return {name: Interval(*each.values()) for name, each in ratios.items()}
 
 
+def title(setting: str) -> str:
+    """Return a setting as a cell of a table."""
+    return DISTILLED.get(setting, f"`{setting}`")
+
+
 def time_text(document: Document, setting: str, batch: int) -> str:
     """Return '0.69', with 'no gain' where it is one."""
     found = times(document, batch)
@@ -141,7 +151,7 @@ def panel_table(panel: Document, measure: str) -> str:
             differences.append(f"{bold}{points(row.sets[name])}{bold}")
         cells.append(
             [
-                f"`{row.setting}`",
+                title(row.setting),
                 *(time_text(panel, row.setting, batch) for batch in (BATCH, SINGLE)),
                 points(row.mean),
                 *differences,
@@ -181,7 +191,7 @@ def contrasts_table(panel: Document) -> str:
         worse = [name for name, each in sets.items() if each.high < 0]
         cells.append(
             [
-                f"`{left}` − `{right}`",
+                f"{title(left)} − {title(right)}",
                 points(mean),
                 ", ".join(better) or "none",
                 ", ".join(worse) or "none",
@@ -198,7 +208,7 @@ def camvid_table(camvid: Document) -> str:
         gaps = entry["difference"]
         cells.append(
             [
-                f"`{entry['setting']}`",
+                title(entry["setting"]),
                 *(time_text(camvid, entry["setting"], batch) for batch in (BATCH, SINGLE)),
                 *(points(interval_of(gaps[head])) for head in ("own", "dense")),
             ]
@@ -211,7 +221,7 @@ def retrieval_table(retrieval: Document) -> str:
     """Return a row for each setting: the difference of each recall, by own maps and dense ones."""
     cells = [
         [
-            f"`{entry['setting']}`",
+            title(entry["setting"]),
             *(recall_text(entry, "own", name) for name in RECALLS),
             *(recall_text(entry, "dense", name) for name in RECALLS[1::2]),
         ]

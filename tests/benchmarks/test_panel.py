@@ -20,12 +20,14 @@ from benchmarks.real import (
     panel_tables,
     retrieval,
     sets,
+    unmeasured,
     variants,
 )
 from benchmarks.real.measures import OWN
 from elip_models.intervals import Interval, paired_interval
 
 SETTINGS = "tome 0.5, resize 0.5"
+KINDS = "aerial", "clothes"
 
 
 @pytest.fixture
@@ -249,3 +251,16 @@ def test_a_contrast_weighs_each_set_alike():
     low, high = stats.norm.interval(0.95, mean, error)
     expected = {"mean": mean, "low": low, "high": high}
     assert variants.contrast(judged, reference)[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_pool_has_no_measured_photograph(photographs, monkeypatch):
+    monkeypatch.setitem(sets.SOURCES, "aerial", sets.SOURCES["aerial"]._replace(per_class=4))
+    monkeypatch.setattr(unmeasured, "SETS", ("aerial",))
+    monkeypatch.setattr(unmeasured, "SPLIT", "clothes")
+    pool = photographs / "pool"
+    assert unmeasured.main([str(photographs), str(pool)]) == 0
+    linked = {kind: {path.read_bytes() for path in pool.glob(f"{kind}_*")} for kind in KINDS}
+    assert not linked["aerial"] & {p.read_bytes() for p in sets.read(photographs, "aerial").paths}
+    clothes = sets.read(photographs, "clothes")
+    trained = {clothes.paths[i].read_bytes() for i in clothes.folds[0].train}
+    assert len(linked["aerial"]) == 8 and linked["clothes"] == trained
