@@ -25,6 +25,7 @@ from elip_models.towers import Tower
 from elip_models.validation import (
     Count,
     NonNegative,
+    Positive,
     PositiveInt,
     PositiveShare,
     Rate,
@@ -67,6 +68,7 @@ class StrategyOptions(ELIPOptions, total=False):
     until: Count | None
     size: PositiveInt | None
     decrease: Share | None
+    reach: Positive | None
     relevance: bool | None
     contextual: Share | None
     tolerance: NonNegative | None
