@@ -25,10 +25,10 @@ from elip_models.towers import Tower
 from elip_models.validation import (
     Count,
     NonNegative,
-    Positive,
     PositiveInt,
     PositiveShare,
     Rate,
+    Reach,
     Share,
     did_you_mean,
     mismatch_error,
@@ -68,7 +68,7 @@ class StrategyOptions(ELIPOptions, total=False):
     until: Count | None
     size: PositiveInt | None
     decrease: Share | None
-    reach: Positive | None
+    reach: Reach | None
     relevance: bool | None
     contextual: Share | None
     tolerance: NonNegative | None

@@ -19,7 +19,7 @@ from elip_models.strategies.schedule import Stage
 from elip_models.strategies.strategy import Context, StageInfo, Strategy, counts_of
 from elip_models.towers import Tower, TowerSize
 from elip_models.towers.merge import Merge
-from elip_models.validation import Count, Positive, Rate, Share, check_fields
+from elip_models.validation import Count, Rate, Reach, Share, check_fields
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,9 @@ class ToMe(Strategy):
         decrease: the first block merges 1 + decrease times as many tokens as the mean block, the
             last one 1 - decrease times, and the others between them: 0 is the constant schedule of
             the paper, 1 its decreasing one. No effect on one number per block.
-        reach: prefer partners that are near in the image: two tokens at this distance, in patches,
-            are as similar as if their cosine were smaller by 1, and the loss grows with the
-            squared distance (`nearness.py`). None: distance has no effect. For images of the
-            model's own size.
+        reach: prefer partners that are near in the image. At this distance, in patches, at least
+            0.5, the similarity of two tokens is 1 less than their cosine, and the loss grows with
+            the squared distance. None: distance has no effect. For images of the model's own size.
     """
 
     name: ClassVar[str] = "tome"
@@ -69,7 +68,7 @@ class ToMe(Strategy):
     class_token_only: bool = False
     position: Literal["kept", "mean"] = "kept"
     decrease: Share = 0.0
-    reach: Positive | None = None
+    reach: Reach | None = None
 
     @property
     def drops_patches(self) -> bool:
