@@ -160,15 +160,10 @@ class MergedByHand:
         return (grid, *out[1:]) if isinstance(out, tuple) else grid
 
 
-SCHEDULE = "1(100%) 2(70%) 2(40%) 1(25%)"
-
-
-@pytest.mark.parametrize("name", slow_except(QUICK, UNBIASED))
-def test_heads_read_what_a_dense_model_gives_whose_tokens_are_merged_by_hand(name):
-    model = model_of(name)
-    x = images_of(model)
-    options = {"scorer": "received", "merge": "nearest"}
-    elip_models.reduce_(model, "elip", schedule=SCHEDULE, **options)
+def check_by_hand(model, x):
+    """Check a reduced model by a dense one whose tokens are merged by hand."""
+    schedule = "1(100%) 2(70%) 2(40%) 1(25%)"
+    elip_models.reduce_(model, "elip", schedule=schedule, scorer="received", merge="nearest")
     with elip_models.record_stages(model) as infos:
         found, gradients = outputs_and_gradients(model, x)
     elip_models.unreduce_(model)
@@ -176,6 +171,24 @@ def test_heads_read_what_a_dense_model_gives_whose_tokens_are_merged_by_hand(nam
     expected, others = outputs_and_gradients(model, x)
     torch.testing.assert_close(found, expected, **EXACT)
     torch.testing.assert_close(gradients, others, **EXACT)
+
+
+@pytest.mark.parametrize("name", slow_except(QUICK, UNBIASED))
+def test_heads_read_what_a_dense_model_gives_whose_tokens_are_merged_by_hand(name):
+    model = model_of(name)
+    check_by_hand(model, images_of(model))
+
+
+ANY_SIZE = (
+    "`DepthAnythingForDepthEstimation`, DINOv2",
+    "`UperNetForSemanticSegmentation`, DINOv2",
+    "`UperNetForSemanticSegmentation`, DINOv3",
+)
+
+
+@pytest.mark.parametrize("name", slow_except(ANY_SIZE[:1], ANY_SIZE))
+def test_wide_images_of_another_size_have_whole_grids(name):
+    check_by_hand(model_of(name), torch.randn(2, 3, 40, 72).double())
 
 
 @pytest.mark.parametrize("name", list(dense.MODELS)[::7])
