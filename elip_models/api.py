@@ -46,6 +46,7 @@ from elip_models.vlm.install import (
 )
 from elip_models.vlm.passed_model import models_in, passed_model
 from elip_models.vlm.question import Mask
+from elip_models.vlm.retrieval import install_on_encoders, uninstall_from_encoders
 from elip_models.vlm.stored_strategies import read_strategies, store_strategies
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import LanguageStrategy
@@ -135,6 +136,7 @@ def reduce_(
     if multimodal is None:
         return install.install_strategy(model, strategy, options, keep)
     _reduce(passed_model(model), multimodal, strategy, keep, options)
+    install_on_encoders(model)
     return model
 
 
@@ -157,6 +159,7 @@ def unreduce_(model: M) -> M:
             passed.set_reduction(None)
         return model
     install.uninstall_strategy(passed)
+    uninstall_from_encoders(model)
     if (multimodal := find_multimodal(passed)) is not None:
         uninstall_strategies(multimodal)
     return model

@@ -313,6 +313,7 @@ PACKAGES = {
     "models": ("einops", "huggingface_hub", "safetensors", "timm", "torchvision", "transformers"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "open-clip": ("open_clip",),
+    "pages": ("lancedb", "pypdfium2", "sentence_transformers"),
     "peft": ("peft",),
     "ray": ("ray",),
     "search": ("faiss",),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from elip_models.commands.image_folder import as_option_error
-from elip_models.validation import ConfigError, require_extra
+from elip_models.validation import ConfigError, require_extra, shortened
 
 with require_extra("elip_models.commands"):
     import typer
@@ -35,6 +35,7 @@ Reduction = Annotated[
 
 
 def embed(
+    context: typer.Context,
     source: Annotated[
         str, typer.Argument(help="Folder of images, tar files, list of paths, or Parquet files.")
     ],
@@ -70,9 +71,20 @@ def embed(
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
     ray: Annotated[str | None, typer.Option(help="Cluster: local, auto or HOST:PORT.")] = None,
     ray_actors: Annotated[int | None, typer.Option(min=1, help="Actors on the cluster.")] = None,
+    pages: Annotated[
+        bool,
+        typer.Option(
+            "--pages",
+            help="PDF files and images, with many vectors for each page: ColPali, ColQwen2.",
+        ),
+    ] = False,
 ) -> None:
     """Embed a collection of images: one vector for each, as Parquet files."""
     options = dict(locals())
+    context = options.pop("context")
+    if options.pop("pages"):
+        _embed_pages(context, options)
+        return
     options["keep_columns"] = tuple(filter(None, map(str.strip, keep_columns.split(","))))
     result = _embed(options.pop("model"), options.pop("source"), options.pop("output"), options)
     if not _is_first():  # of the processes of torchrun
@@ -91,6 +103,39 @@ def embed(
         error = "no image was embedded; skipped.parquet has the reasons"
     if error is not None:
         Console(stderr=True).print(escape(f"error: {error}"), soft_wrap=True, highlight=False)
+        raise typer.Exit(1)
+
+
+OF_PAGES = ("model", "source", "output", "reduce", "keep", "batch_size", "device", "pages")
+"""Options of `--pages`; the others are of collections with one vector for an image."""
+PAGES_IN_BATCH = 4
+
+
+def _embed_pages(context: typer.Context, options: dict[str, Any]) -> None:
+    """Embed the pages of documents with a progress bar, and print what was done."""
+    sources = {name: context.get_parameter_source(name) for name in options}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if other := [name for name in given if name not in OF_PAGES]:
+        raise ConfigError(
+            f"--{other[0].replace('_', '-')}: expected none with --pages, got "
+            f"{shortened(options[other[0]])}"
+        )
+    with require_extra("elip embed --pages"):
+        from elip_models.embedding.pages import embed_pages
+
+    options = {name: options[name] for name in OF_PAGES if name in options}
+    options["batch_size"] = options["batch_size"] if "batch_size" in given else PAGES_IN_BATCH
+    console = Console(stderr=True)
+    with as_option_error(embed, errors=ConfigError), _bars(console, "pages") as bars:
+        bar = bars.add_task("", total=None, skipped=0)
+        result = embed_pages(
+            **options, progress=lambda done, total: bars.update(bar, completed=done, total=total)
+        )
+    for name, reason in result.skipped.items():
+        console.print(escape(f"skipped {name}: {reason}"), soft_wrap=True, highlight=False)
+    line = f"{result.folder}: {result.pages} pages with {result.vectors} vectors"
+    Console().print(escape(line), soft_wrap=True, highlight=False)
+    if not result.pages:
         raise typer.Exit(1)
 
 
@@ -118,17 +163,17 @@ def _embed(model: str, source: str, output: Path, options: dict[str, Any]) -> "E
 
 
 class _Rate(ProgressColumn):
-    """Images per second."""
+    """Images, or pages, per second."""
 
     def render(self, task: Task) -> Text:
         """Return the rate, if it is known."""
-        return Text("" if task.speed is None else f"{task.speed:.1f} images/s")
+        return Text("" if task.speed is None else f"{task.speed:.1f}/s")
 
 
-def _bars(console: Console) -> Progress:
+def _bars(console: Console, what: str = "images") -> Progress:
     """Return a progress bar, shown on a terminal only."""
     skipped = TextColumn("{task.fields[skipped]} skipped")
-    columns = TextColumn("images"), MofNCompleteColumn(), BarColumn(), _Rate(), skipped
+    columns = TextColumn(what), MofNCompleteColumn(), BarColumn(), _Rate(), skipped
     left = TimeRemainingColumn(), TextColumn("left")
     disabled = not (console.is_terminal and _is_first())
     return Progress(*columns, *left, console=console, disable=disabled)

@@ -19,6 +19,9 @@ with require_extra("elip_models.commands"):
 if TYPE_CHECKING:
     from elip_models.embedding.search import SearchResult
 
+PAGES = "pages.json"
+"""The file of an index of pages, see `embedding/pages.py`."""
+
 
 def search(
     folder: Annotated[Path, typer.Argument(help="Folder of embeddings, which `elip embed` wrote.")],
@@ -32,8 +35,16 @@ def search(
         bool, typer.Option("--exact", help="Compare all embeddings, even with an index.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures of the pages that are found.")
+    ] = None,
 ) -> None:
-    """Search in a folder of embeddings by a text or an image."""
+    """Search in a folder of embeddings by a text or an image; in one of pages by a text."""
+    if (folder / PAGES).is_file():
+        _search_pages(folder, query, model, top, as_json, device, pictures)
+        return
+    if pictures is not None:
+        raise ConfigError(f"--pictures: expected none with images, got {pictures}")
     with require_extra("elip search"):
         from elip_models.embedding.search import search as search_collection
 
@@ -60,6 +71,36 @@ def index(
         f"{folder}: {result.kind} index of {result.vectors.ntotal} images; it finds "
         f"{result.recall:.3f} of the ten nearest images of an exact search"
     )
+
+
+def _search_pages(
+    folder: Path,
+    query: str,
+    model: str | None,
+    top: int,
+    as_json: bool,
+    device: str | None,
+    pictures: Path | None,
+) -> None:
+    """Search in the index of `elip embed --pages`, and write the pictures of what is found."""
+    with require_extra("elip search"):
+        from elip_models.embedding.pages import page_image, search_pages
+
+    with _working("searching"):
+        found = search_pages(folder, query, top=top, model=model, device=device)
+    if as_json:
+        typer.echo(json.dumps([page._asdict() for page in found], indent=2))
+    else:
+        table = Table("rank", "similarity", Column("file", overflow="fold"), "page")
+        for page in found:
+            row = str(page.rank), f"{page.similarity:.4f}", _printable(page.file), str(page.page)
+            table.add_row(*row)
+        Console().print(table)
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+        for page in found:
+            with as_option_error(search, errors=ConfigError, folder="FOLDER"):
+                page_image(folder, page).save(pictures / f"{page.rank:02}.png")
 
 
 @contextmanager
