@@ -75,10 +75,13 @@ def reduce_(
         print(elip_models.reduction_summary(model))      # tokens per layer, FLOPs against dense
 
     Parameters, state_dict keys and the call of the model do not change. A further call replaces the
-    settings. Call it before torch.compile. Calls that return the tokens of several blocks return
-    whole grids, with zeros for dropped patches; ViTModel and others, which return those of the last
-    block, return fewer. A strategy that reads a text takes it from `guidance(model, text_cls)`; a
-    whole image-text model can take it from the texts of its calls: `guidance(model, paired=True)`.
+    settings. Call it before torch.compile. A strategy that reads a text takes it from
+    `guidance(model, text_cls)`; a whole image-text model can take it from the texts of its calls:
+    `guidance(model, paired=True)`.
+
+    Heads that read every patch, and calls that return the tokens of several blocks, get whole
+    grids: each patch has its token, or that which it was merged into, or zeros if it was dropped.
+    Other calls return the tokens that remain, such as `last_hidden_state` of ViTModel.
 
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
     'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random_tokens' remove image tokens before

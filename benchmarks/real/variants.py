@@ -54,6 +54,7 @@ GROUPS = {
         "not in the first four blocks": [0.0] * 4 + [1.0] * 8,
         "not in the last four blocks": [1.0] * 8 + [0.0] * 4,
         "not in the first and last two": [0.0] * 2 + [1.0] * 8 + [0.0] * 2,
+        "near patches first": "merge:reach=4 0.7",
         "protect what the class token reads": f"{GUIDED},protect=0.3 0.7",
         "weigh by what the class token reads": f"{GUIDED},protect=0.0,weight=0.3 0.7",
         "a smaller image, too": "resize_merge 0.7",

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -97,6 +98,7 @@ def small_models(monkeypatch, page):
     processor = Mock(side_effect=lambda images=None, text=None: pages if images else query)
     processor.score_retrieval = partial(transformers.ColPaliProcessor.score_retrieval, processor)
     pretrained = {
+        "AutoModelForDepthEstimation": script("dense").depth_anything(script("dense").flat),
         "ColPaliForRetrieval": retriever,
         "ColPaliProcessor": processor,
         "AutoModel": dinov2(num_hidden_layers=6),
@@ -109,6 +111,9 @@ def small_models(monkeypatch, page):
         cls = getattr(transformers, name)
         load = partial(from_folder_or, model, cls.from_pretrained)
         monkeypatch.setattr(cls, "from_pretrained", load)
+    segmenter = Mock()  # of segmentation_models_pytorch, which tests do not need
+    segmenter.DPT.return_value.encoder.model = without_weights("vit_tiny_patch16_224")
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", segmenter)
     monkeypatch.setattr(open_clip, "create_model_and_transforms", pair_without_weights)
     monkeypatch.setattr(timm, "create_model", without_weights)
     for module in (registry, elip_models):
@@ -244,7 +249,7 @@ SCRIPTS = ("readme_table", "readme_chart", "serving", "api_table", "recipes", "p
 
 
 @pytest.mark.parametrize(
-    "name", slow_except(SCRIPTS, [*SCRIPTS, "studies", "real_model", "supported"])
+    "name", slow_except(SCRIPTS, [*SCRIPTS, "studies", "real_model", "supported", "dense"])
 )
 def test_the_tables_of_a_script_are_up_to_date(name):
     assert script(name).main(["--check"]) == 0
