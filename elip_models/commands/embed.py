@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from elip_models.commands.image_folder import as_option_error
-from elip_models.validation import ConfigError, require_extra, shortened
+from elip_models.commands.pages import embed_documents
+from elip_models.validation import ConfigError, require_extra
 
 with require_extra("elip_models.commands"):
     import typer
@@ -83,7 +84,7 @@ def embed(
     options = dict(locals())
     context = options.pop("context")
     if options.pop("pages"):
-        _embed_pages(context, options)
+        embed_documents(embed, context, options, _bars)
         return
     options["keep_columns"] = tuple(filter(None, map(str.strip, keep_columns.split(","))))
     result = _embed(options.pop("model"), options.pop("source"), options.pop("output"), options)
@@ -103,39 +104,6 @@ def embed(
         error = "no image was embedded; skipped.parquet has the reasons"
     if error is not None:
         Console(stderr=True).print(escape(f"error: {error}"), soft_wrap=True, highlight=False)
-        raise typer.Exit(1)
-
-
-OF_PAGES = ("model", "source", "output", "reduce", "keep", "batch_size", "device", "pages")
-"""Options of `--pages`; the others are of collections with one vector for an image."""
-PAGES_IN_BATCH = 4
-
-
-def _embed_pages(context: typer.Context, options: dict[str, Any]) -> None:
-    """Embed the pages of documents with a progress bar, and print what was done."""
-    sources = {name: context.get_parameter_source(name) for name in options}
-    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    if other := [name for name in given if name not in OF_PAGES]:
-        raise ConfigError(
-            f"--{other[0].replace('_', '-')}: expected none with --pages, got "
-            f"{shortened(options[other[0]])}"
-        )
-    with require_extra("elip embed --pages"):
-        from elip_models.embedding.pages import embed_pages
-
-    options = {name: options[name] for name in OF_PAGES if name in options}
-    options["batch_size"] = options["batch_size"] if "batch_size" in given else PAGES_IN_BATCH
-    console = Console(stderr=True)
-    with as_option_error(embed, errors=ConfigError), _bars(console, "pages") as bars:
-        bar = bars.add_task("", total=None, skipped=0)
-        result = embed_pages(
-            **options, progress=lambda done, total: bars.update(bar, completed=done, total=total)
-        )
-    for name, reason in result.skipped.items():
-        console.print(escape(f"skipped {name}: {reason}"), soft_wrap=True, highlight=False)
-    line = f"{result.folder}: {result.pages} pages with {result.vectors} vectors"
-    Console().print(escape(line), soft_wrap=True, highlight=False)
-    if not result.pages:
         raise typer.Exit(1)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from elip_models.commands.image_folder import as_option_error
+from elip_models.commands.pages import found_pages, is_page_index, printable, show_pages
 from elip_models.validation import ConfigError, require_extra
 
 with require_extra("elip_models.commands"):
@@ -18,9 +19,6 @@ with require_extra("elip_models.commands"):
 
 if TYPE_CHECKING:
     from elip_models.embedding.search import SearchResult
-
-PAGES = "pages.json"
-"""The file of an index of pages, see `embedding/pages.py`."""
 
 
 def search(
@@ -40,8 +38,10 @@ def search(
     ] = None,
 ) -> None:
     """Search in a folder of embeddings by a text or an image; in one of pages by a text."""
-    if (folder / PAGES).is_file():
-        _search_pages(folder, query, model, top, as_json, device, pictures)
+    if is_page_index(folder):
+        with _working("searching"):
+            found = found_pages(folder, query, model, top, device, pictures)
+        show_pages(found, as_json=as_json)
         return
     if pictures is not None:
         raise ConfigError(f"--pictures: expected none with images, got {pictures}")
@@ -73,36 +73,6 @@ def index(
     )
 
 
-def _search_pages(
-    folder: Path,
-    query: str,
-    model: str | None,
-    top: int,
-    as_json: bool,
-    device: str | None,
-    pictures: Path | None,
-) -> None:
-    """Search in the index of `elip embed --pages`, and write the pictures of what is found."""
-    with require_extra("elip search"):
-        from elip_models.embedding.pages import page_image, search_pages
-
-    with _working("searching"):
-        found = search_pages(folder, query, top=top, model=model, device=device)
-    if as_json:
-        typer.echo(json.dumps([page._asdict() for page in found], indent=2))
-    else:
-        table = Table("rank", "similarity", Column("file", overflow="fold"), "page")
-        for page in found:
-            row = str(page.rank), f"{page.similarity:.4f}", _printable(page.file), str(page.page)
-            table.add_row(*row)
-        Console().print(table)
-    if pictures is not None:
-        pictures.mkdir(parents=True, exist_ok=True)
-        for page in found:
-            with as_option_error(search, errors=ConfigError, folder="FOLDER"):
-                page_image(folder, page).save(pictures / f"{page.rank:02}.png")
-
-
 @contextmanager
 def _working(what: str) -> Iterator:
     """Show that the command works, and name its options in errors; yield a printer of lines."""
@@ -118,13 +88,7 @@ def _print(text: str) -> None:
 def _print_hits(result: "SearchResult") -> None:
     table = Table("rank", "similarity", Column("key", overflow="fold"))
     for hit in result.hits:
-        table.add_row(str(hit.rank), f"{hit.similarity:.4f}", _printable(hit.key))
+        table.add_row(str(hit.rank), f"{hit.similarity:.4f}", printable(hit.key))
     Console().print(table)
     how = "all compared" if result.index is None else f"by the {result.index} index"
     _print(f"{result.images} images, {how}")
-
-
-def _printable(key: str) -> str:
-    """Return a key as a cell of a table, which controls no terminal."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in key)
-    return escape("".join(shown))

@@ -4,8 +4,15 @@ import pytest
 import torch
 
 import elip_models
+from tests.vlm.configs import CONFIGS
 from tests.vlm.models import build
-from tests.vlm.test_sentence_transformers import max_similarities
+from tests.vlm.test_sentence_transformers import (
+    QUERIES,
+    drawn_pages,
+    image_processor,
+    letters_tokenizer,
+    max_similarities,
+)
 
 colpali = pytest.importorskip("colpali_engine.models", reason="colpali-engine is not installed")
 pytestmark = pytest.mark.slow
@@ -55,3 +62,25 @@ def test_removed_vectors_are_the_padding_of_colpali_engine(engine):
     torch.testing.assert_close(scores, torch.tensor(expected).double(), rtol=1e-6, atol=1e-6)
     elip_models.unreduce_(model)
     assert torch.equal(model(**dict(inputs))[kept], dense[kept])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [None, 0.5])
+def test_ten_pages_have_the_scores_of_the_remaining_vectors(keep):
+    torch.manual_seed(0)
+    config = CONFIGS["paligemma"]()
+    config.text_config.vocab_size = 2048  # the processor adds tokens of places
+    model = colpali.ColPali(config).eval()
+    processor = colpali.ColPaliProcessor(image_processor(config), letters_tokenizer(config))
+    if keep is not None:
+        elip_models.reduce_(model, keep=keep)
+    batches = [processor.process_images(drawn_pages()[first : first + 5]) for first in (0, 5)]
+    pages = [page for batch in batches for page in model(**batch).unbind()]
+    queries = list(model(**processor.process_queries(QUERIES)).unbind())
+    vectors = [page[page.any(-1)] for page in pages]
+    patches = image_processor(config).image_seq_length
+    removed = 0 if keep is None else patches // 2
+    assert [len(page) - len(of) for page, of in zip(pages, vectors, strict=True)] == [removed] * 10
+    scores = processor.score(queries, vectors, device="cpu")
+    expected = [[max_similarities(query, page) for page in vectors] for query in queries]
+    torch.testing.assert_close(scores, torch.tensor(expected))

@@ -18,36 +18,49 @@ def max_similarities(query, page):
     return sum(max(float(q @ p) for p in page) for q in query)
 
 
-def saved_colpali(folder):
-    """Save a tiny ColPali of transformers with a processor that reads letters."""
-    torch.manual_seed(0)
-    config = CONFIGS["paligemma"]()
+def letters_tokenizer(config):
+    """Return a tokenizer of letters with the image token of a config."""
     letters = ["<pad>", "<bos>", "<eos>", "?", *"abcdefghijklmnopqrstuvwxyzQ", " ", ":", ".", "\n"]
     letters += [f"<w{i}>" for i in range(len(letters), config.image_token_id)]
     vocab = {letter: i for i, letter in enumerate([*letters, "<image>"])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="?"))
     backend.add_special_tokens(["<image>", *letters[:3]])
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "?"}
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, extra_special_tokens={"image_token": "<image>"}, **names
     )
+
+
+def image_processor(config):
+    """Return the image processor of a PaliGemma."""
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
-    images = transformers.SiglipImageProcessor(size={"height": side, "width": side})
-    images.image_seq_length = (side // patch) ** 2
+    processor = transformers.SiglipImageProcessor(size={"height": side, "width": side})
+    processor.image_seq_length = (side // patch) ** 2
+    return processor
+
+
+def saved_colpali(folder):
+    """Save a tiny ColPali of transformers with a processor that reads letters."""
+    torch.manual_seed(0)
+    config = CONFIGS["paligemma"]()
+    images = image_processor(config)
     retrieval_model("colpali").eval().save_pretrained(folder)
-    transformers.ColPaliProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(
-        folder
-    )
+    processor = transformers.ColPaliProcessor(images, letters_tokenizer(config))
+    processor.save_pretrained(folder)
     return images.image_seq_length
+
+
+def drawn_pages():
+    rng = np.random.default_rng(0)
+    return [
+        Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)) for _ in range(PAGES)
+    ]
 
 
 def test_sentence_transformers_returns_and_scores_the_remaining_vectors(tmp_path):
     patches = saved_colpali(tmp_path / "dense")
     encoder = MultiVectorEncoder(str(tmp_path / "dense"), device="cpu")
-    rng = np.random.default_rng(0)
-    pages = [
-        Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)) for _ in range(PAGES)
-    ]
+    pages = drawn_pages()
     dense, queries = encoder.encode_document(pages), encoder.encode_query(QUERIES)
     elip_models.reduce_(encoder, "diverse", keep=0.5)
     vectors = encoder.encode_document(pages, batch_size=4)
