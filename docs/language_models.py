@@ -98,7 +98,7 @@ def page() -> str:
             "## Retrieval",
             "",
             "Models of late interaction. Their embeddings of removed tokens are zeros, which you "
-            "[drop before scoring](vlm.md#retrieval); the others are compared with the stock "
+            "[drop before scoring](documents.md#retrieval); the others are compared with the stock "
             "model, which hides the removed ones.",
             "",
             table(["`model_type`", *of_images], retrieval, left=1),

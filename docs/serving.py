@@ -1,4 +1,4 @@
-"""Write the times of vLLM in serve.md from the committed results of `benchmarks.serving`.
+"""Write the times of vLLM in vllm.md from the committed results of `benchmarks.serving`.
 
 python docs/serving.py             # rewrite the block between the markers
 python docs/serving.py --check     # exit status 1 if the block is stale
@@ -47,7 +47,7 @@ def block(document: dict[str, Any]) -> str:
 def blocks() -> list[Block]:
     """Return the results of each device."""
     text = "\n\n".join(block(read_object(path)) for path in sorted(RESULTS.glob("*.json")))
-    return [Block(DOCS / "serve.md", "serving", text)]
+    return [Block(DOCS / "vllm.md", "serving", text)]
 
 
 def main(arguments: list[str] | None = None) -> int:

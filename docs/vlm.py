@@ -143,7 +143,7 @@ def blocks() -> list[Block]:
     return [
         Block(DOCS / "vlm.md", "times", "\n\n".join(parts)),
         Block(DOCS / "vlm.md", "losses", losses_block(study)),
-        Block(DOCS / "vlm.md", "documents", documents),
+        Block(DOCS / "documents.md", "documents", documents),
         Block(DOCS / "appendix.md", "study", study_block(study)),
     ]
 

@@ -20,7 +20,7 @@ from elip_models.validation import ConfigError
 
 NONE = "–"
 Table = tuple[list[str], list[list[str]]]  # header, and rows
-HOW_TO_READ = "`docs/results.md` in the repository explains how to read the tables."
+HOW_TO_READ = "`docs/run_a_study.md` in the repository explains how to read the tables."
 
 
 def study_page(document: Document) -> str:

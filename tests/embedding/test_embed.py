@@ -302,16 +302,15 @@ def test_two_processes_of_torchrun_give_the_same_bytes(whole, pictures, model, t
     assert files_of(tmp_path / "out") == files_of(whole)
 
 
-# the blocks of docs/collections.md that read the output
+# the libraries of docs/collections.md that read the output
 
 PAGE = Path(__file__).parents[2] / "docs" / "collections.md"
-READERS = dict(
-    re.findall(r"^### (\w+)\n+```py\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-)
+BLOCK = re.search(r"^```py\n(# pyarrow\n.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)[1]
+READERS = dict(re.findall(r"^# (\w+)\n(.*?)(?=^# |\Z)", BLOCK, re.DOTALL | re.MULTILINE))
 
 
 @pytest.mark.parametrize("library", ["pyarrow", "DuckDB", "polars", "datasets", "FAISS", "LanceDB"])
-def test_the_block_of_a_library_reads_the_output(library, whole, tmp_path, monkeypatch):
+def test_the_lines_of_a_library_read_the_output(library, whole, tmp_path, monkeypatch):
     if find_spec(library.lower()) is None:
         pytest.skip(f"{library} is not installed; the tests need it for this block alone")
     shutil.copytree(whole, tmp_path / "embeddings")

@@ -277,9 +277,8 @@ def test_the_python_of_the_page_runs(whole, pictures, tmp_path, monkeypatch, cap
     shutil.copy(pictures / "sub" / "a.jpg", tmp_path / "photographs" / "dog.jpg")
     shutil.copytree(whole, tmp_path / "embeddings")
     monkeypatch.chdir(tmp_path)
-    names, page = {}, Path(__file__).parents[2] / "docs" / "collections.md"
-    text = page.read_text().partition("### Search from Python")[2]
-    for code in re.findall(r"^```py\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+    names, page = {}, Path(__file__).parents[2] / "docs" / "search.md"
+    for code in re.findall(r"^```py\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
         exec(compile(code, page.name, "exec"), names)
     assert capsys.readouterr().out.split()[2] == "sub/a.jpg"
     assert len(names["result"].hits) == READABLE

@@ -37,7 +37,7 @@ PAGES = [
 WITH_PYTHON = [
     page for page in PAGES if page.name != "data.md"
 ]  # tests/pretraining/data/test_mixture.py
-META_PAGES = ("README.md", "index.md", "calibrate.md", "faster.md", "models.md")
+META_PAGES = ("README.md", "index.md", "calibrate.md", "faster.md", "models.md", "rates.md")
 """Pages whose code uses ViT-B, which runs on the meta device: no memory, no time."""
 CPU_WORDS = ("open_clip", "from_pretrained", "save_reduced")
 """A block with one of these runs on the CPU, also in a page of `META_PAGES`."""
