@@ -46,7 +46,11 @@ CLASSES = 11  # a larger number in an annotation means none
 PER_FRAME, GROUP, BATCH = 160, 10, 8
 PENALTIES = (0.0003, 0.003, 0.03)
 HEADS = ("dense", "own")
-SETTINGS = "merge 0.7, dense@294, evit 0.725, tome 0.715, dense@252, merge 0.55, merge 0.7@294"
+SETTINGS = (
+    "merge 0.7, merge:reach=4,decrease=1 0.7, dense@294, evit 0.725, tome 0.715, dense@266, "
+    "dense@252, merge 0.55, merge:reach=4 0.55, merge:decrease=1 0.55, "
+    "merge:reach=4,decrease=1 0.55, merge:r=150,130,110,0,0,0,0,0,0,0,0,0, merge 0.7@294"
+)
 """A number after @ is the height of a smaller image, whose width keeps the proportion."""
 
 

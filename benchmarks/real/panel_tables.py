@@ -238,6 +238,28 @@ def recall_text(entry: Document, maps: str, name: str) -> str:
     return f"{bold}{points(interval_of(found))}{bold}"
 
 
+def variants_table(group: Sequence[Document]) -> str:
+    """Return a row for each variant of a group: its differences from dense and from the first."""
+    cells = [
+        [
+            entry["does"] if i else title(entry["does"]),
+            f"{entry['flops']:.2f}",
+            points(interval_of(entry["from_dense"]["top1"])),
+            nats(interval_of(entry["from_dense"]["cross_entropy"])),
+            nats(interval_of(entry["from_first"]["cross_entropy"])) if i else "",
+        ]
+        for i, entry in enumerate(group)
+    ]
+    header = ["variant", "FLOPs", "top-1", "cross-entropy", "cross-entropy, against the first"]
+    return table(header, cells, left=1)
+
+
+def nats(interval: Interval) -> str:
+    """Return '+4 (−3 to 11)' in thousandths of a nat."""
+    mean, low, high = (1000 * end for end in interval)
+    return f"{mean:+.0f} ({low:.0f} to {high:.0f})".replace("-", "−")
+
+
 def interval_of(found: Document) -> Interval:
     """Return the interval in an entry that may say more of it."""
     return Interval(*(found[end] for end in Interval._fields))
