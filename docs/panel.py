@@ -15,6 +15,7 @@ from benchmarks.real.panel_tables import (
     RECALL_TITLES,
     TITLES,
     calibrated_table,
+    camvid_contrasts_table,
     camvid_table,
     contrasts_table,
     panel_table,
@@ -69,6 +70,8 @@ def block(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dict[str, An
         f"{camvid['group']} consecutive frames). `dense@294` is the dense model on images of 294 "
         f"pixels in height instead of 336. Times with whole grids: {times_note(camvid)}.",
         camvid_table(camvid),
+        "Settings against smaller images of about the same time, own heads:",
+        camvid_contrasts_table(camvid),
         measured_on(camvid),
         "**Retrieval**, Flickr8k: its "
         f"{retrieval['photographs']:,} training photographs, which chose no setting. Maps of "
@@ -109,10 +112,10 @@ def variants_block(variants: dict[str, Any]) -> str:
     counts = variants["photographs"]
     parts = [
         f"{sum(counts.values()):,} photographs of {len(counts)} sets ({', '.join(counts)}), of the "
-        "parts that the panel does not measure; own probes, cross-fitted. Differences from dense on "
-        "the mean of the sets: top-1 in points, cross-entropy in thousandths of a nat, where more is "
-        "worse. 95% intervals (normal approximation, paired by photograph, not adjusted for the "
-        "number of variants)."
+        "parts that the panel does not measure; own probes, cross-fitted. Differences from dense "
+        "on the mean of the sets: top-1 in points, cross-entropy in thousandths of a nat, where "
+        "more is worse. 95% intervals (normal approximation, paired by photograph, not adjusted "
+        "for the number of variants)."
     ]
     parts += [variants_table(group) for group in variants["groups"].values()]
     return "\n\n".join([*parts, measured_on(variants)])

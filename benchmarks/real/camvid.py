@@ -188,8 +188,12 @@ def dense_head(dense: Setting, folder: Path, advance: Any) -> tuple[LinearProbe,
 
 def difference(reduced: Tensor, dense: Tensor) -> Interval:
     """Return the mIoU of one model minus that of another, resampling groups of frames."""
-    rows = torch.stack([reduced, dense], dim=1).flatten(1).numpy()
-    groups = [rows[i : i + GROUP].sum(0) for i in range(0, len(rows), GROUP)]
+    return difference_of_groups(*(_whole(each) for each in (reduced, dense)))
+
+
+def difference_of_groups(first: list[list[int]], second: list[list[int]]) -> Interval:
+    """Return the mIoU of one model minus that of another by their totals of groups of frames."""
+    groups = np.hstack([first, second])
 
     def gap(sums: np.ndarray) -> np.ndarray:
         both = sums.reshape(len(sums), 2, 2, CLASSES)
@@ -197,7 +201,7 @@ def difference(reduced: Tensor, dense: Tensor) -> Interval:
             means = np.nanmean(both[:, :, 0] / both[:, :, 1], axis=-1)
         return means[:, 0] - means[:, 1]
 
-    return interval_of_totals(np.stack(groups), gap)
+    return interval_of_totals(groups, gap)
 
 
 def miou(totals: Tensor) -> float:

@@ -8,6 +8,7 @@ from math import hypot
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
+from benchmarks.real.camvid import difference_of_groups
 from benchmarks.real.measures import KNN, OWN, RECALLS, TOP1
 from benchmarks.real.sets import SOURCES
 from benchmarks.tables import table
@@ -215,6 +216,23 @@ def camvid_table(camvid: Document) -> str:
         )
     header = ["setting", "batch 8", "batch 1", "own head", "head of dense features"]
     return table(header, cells, left=1)
+
+
+def camvid_contrasts_table(camvid: Document) -> str:
+    """Return settings of merging minus smaller images of about the same time, by own heads."""
+    ratios, totals = times(camvid, BATCH), {e["setting"]: e["totals"] for e in camvid["settings"]}
+    smaller = [name for name in totals if name.startswith("dense@")]
+    cells = [
+        [
+            f"{title(name)} − {title(other)}",
+            f"{ratios[name].mean:.2f}, {ratios[other].mean:.2f}",
+            points(difference_of_groups(totals[name]["own"], totals[other]["own"])),
+        ]
+        for name in totals
+        for other in smaller
+        if name not in smaller and abs(ratios[name].mean - ratios[other].mean) <= EQUAL_TIME
+    ]
+    return table(["contrast", "times", "mIoU"], cells, left=1)
 
 
 def retrieval_table(retrieval: Document) -> str:
