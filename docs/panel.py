@@ -4,6 +4,8 @@ python docs/panel.py             # rewrite the block between the markers
 python docs/panel.py --check     # exit status 1 if the block is stale
 """
 
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from benchmarks.real.panel_tables import (
     camvid_table,
     contrasts_table,
     panel_table,
+    power,
     retrieval_table,
     sets_table,
 )
@@ -23,12 +26,16 @@ from elip_models.saving.files import read_object
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "real"
-NAMES = "panel", "camvid", "retrieval", "calibrated"
+NAMES = "panel", "camvid", "retrieval"
+CALIBRATED = "calibrated*.json"
+"""Each file has other sets."""
 
 
 def block(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dict[str, Any]) -> str:
     """Return the sets, a table for each measure, contrasts at equal time, CamVid and retrieval."""
     margin = 100 * panel["margin"]
+    default = panel["sets"][panel["held_out"]]["settings"][0]["setting"]
+    powers = power(panel, default)
     parts = [
         f"{panel['model']}, features in {panel['dtype']}. No setting was chosen on these "
         "photographs, except that some of the clothes had chosen settings of strategies before. "
@@ -43,6 +50,13 @@ def block(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dict[str, An
     for measure in (OWN, TOP1, KNN):
         parts += [f"**{TITLES[measure].capitalize()}**", panel_table(panel, measure)]
     contrasted = contrasts_table(panel)
+    parts.append(
+        "**How much the panel can show.** A setting that changes as many photographs as "
+        f"`{default}` and loses nothing would be non-inferior on {sum(powers):.1f} of the "
+        f"{len(powers)} sets on average, and on all of them with a probability of "
+        f"{100 * prod(powers):.0f}% (own probes). So a setting may fail on a set "
+        "without losing a point there."
+    )
     parts += [
         measured_on(panel),
         "**Settings of about equal time, own probes.** Points of the first minus points of the "
@@ -71,9 +85,11 @@ def block(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dict[str, An
     return "\n\n".join(parts)
 
 
-def calibrated_block(calibrated: dict[str, Any]) -> str:
+def calibrated_block(documents: Sequence[dict[str, Any]]) -> str:
     """Return what `calibrate` chose on a user's photographs, and what others say of the choice."""
-    first, *_ = calibrated["sets"].values()
+    calibrated = documents[0]
+    sets = {name: found for each in documents for name, found in each["sets"].items()}
+    first, *_ = sets.values()
     return "\n\n".join(
         [
             f"`calibrate` with a tolerance of {100 * calibrated['tolerance']:.0f} points and the "
@@ -81,8 +97,8 @@ def calibrated_block(calibrated: dict[str, Any]) -> str:
             "of a set that the panel does not measure. The judges are the panel's photographs of "
             f"the set, {first['judged_on']:,} or more, classified by probes of the same "
             f"{first['calibrated_on']:,}. Points of top-1 with 95% intervals.",
-            calibrated_table(calibrated),
-            measured_on(calibrated),
+            calibrated_table({"sets": sets}),
+            *map(measured_on, documents),
         ]
     )
 
@@ -113,9 +129,10 @@ def measured_on(document: dict[str, Any]) -> str:
 
 
 def blocks() -> list[Block]:
-    """Return the block of the page."""
+    """Return the blocks of the page."""
     page = DOCS / "results.md"
-    panel, camvid, retrieval, calibrated = (read_object(RESULTS / f"{name}.json") for name in NAMES)
+    panel, camvid, retrieval = (read_object(RESULTS / f"{name}.json") for name in NAMES)
+    calibrated = [read_object(file) for file in sorted(RESULTS.glob(CALIBRATED))]
     return [
         Block(page, "panel", block(panel, camvid, retrieval)),
         Block(page, "calibrated", calibrated_block(calibrated)),

@@ -34,6 +34,7 @@ LINES = {
     "resize_merge": ("resize_merge", "#0072b2", "D"),
     "resize": ("smaller image", GREY, "s"),
     "dense": ("smaller image", GREY, "s"),
+    "distilled": ("distilled", "#d55e00", "X"),
     "evit": ("EViT", "#e69f00", "^"),
     "random": ("random pruning", "#cc79a7", "v"),
 }
@@ -76,7 +77,7 @@ def by_strategy(document: dict[str, Any], differences: dict[str, Interval]) -> P
     """Return what was measured with a time, by strategy; `merge 0.7@294` is a resize_merge."""
     times, found = panel_tables.times(document, panel_tables.BATCH), defaultdict(list)
     for setting, difference in differences.items():
-        strategy = re.match("[a-z_]+", setting)[0]
+        strategy = re.match("distilled|[a-z_]+", setting)[0]
         if "@" in setting and strategy != "dense":
             strategy = "resize_merge"
         found[strategy].append((times[setting].mean, difference))

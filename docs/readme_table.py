@@ -45,9 +45,8 @@ def bullets(results: Path) -> str:
     finetuned, clip = (read_object(results / "real" / f"{name}.json") for name in STUDIES)
     lines = [
         single_images(tasks),
-        *vision_language_models(results),
-        fine_tuning(finetuned),
-        clip_training(clip),
+        vision_language_models(results),
+        training(finetuned, clip),
     ]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -70,7 +69,7 @@ def single_images(tasks: dict[str, Any]) -> str:
     )
 
 
-def vision_language_models(results: Path) -> list[str]:
+def vision_language_models(results: Path) -> str:
     """Return what the prefill of a language model saves, and what small trained ones lose."""
     bench = read_object(results / "vlm" / "amd-epyc-2-cores" / "bench.json")
     prefill = next(
@@ -83,42 +82,32 @@ def vision_language_models(results: Path) -> list[str]:
     pairs = zip(seeds[f"{LANGUAGE_STRATEGY} {LANGUAGE_KEEP}"], seeds[DENSE], strict=True)
     losses = [100 * (dense - reduced) for reduced, dense in pairs]
     saved = percent(1 - prefill["ratios"][str(LANGUAGE_KEEP)])
-    return [
-        f"**Vision-language models**: with a quarter of the image tokens, the prefill of a LLaVA "
-        f"takes {saved} less time, and decoding little less ([measured with random weights]"
-        "(docs/vlm.md#how-much-time-it-saves)).",
-        f"Three tiny LLaVAs, trained on all tokens of drawn scenes and then run on a quarter of "
-        f"them by `{LANGUAGE_STRATEGY}`, lost between {min(losses):.1f} and {max(losses):.1f} "
-        "points of accuracy "
-        "([study](docs/results.md#image-tokens-of-a-language-model)).",
-    ]
-
-
-def fine_tuning(study: dict[str, Any]) -> str:
-    """Return what fine-tuning with the default saves, and may cost."""
-    values, arm = values_by_seed(study), f"{DEFAULT.name} {DEFAULT_KEEP}"
-    reduced, dense = values[arm, REDUCED, REDUCED]["top1"], values[DENSE, DENSE, DENSE]["top1"]
-    mean, half = interval_over_seeds(reduced, dense)
     return (
-        f"**Fine-tuning** with the default, on small images: a step takes "
-        f"{percent(1 - study['time']['ratios'][arm])} less time. The loss of top-1 may reach "
-        f"{half - mean:.1f} points (end of the confidence interval), and does not differ "
-        "significantly from that of as many fewer steps "
-        "([all strategies](docs/results.md#fine-tuning-with-fewer-tokens))."
+        f"**Vision-language models**: with a quarter of the image tokens, the prefill of a LLaVA "
+        f"takes {saved} less time, and decoding little less ([random weights]"
+        "(docs/vlm.md#how-much-time-it-saves)). Three tiny LLaVAs, trained on all tokens of drawn "
+        f"scenes, lost {min(losses):.1f} to {max(losses):.1f} points of accuracy on a quarter of "
+        "them ([study](docs/results.md#image-tokens-of-a-language-model))."
     )
 
 
-def clip_training(study: dict[str, Any]) -> str:
-    """Return what training a CLIP with half of the tokens saves and costs."""
-    values, arm = values_by_seed(study), f"{DEFAULT.name} {CLIP_KEEP}"
-    trained, dense = values[arm, REDUCED, DENSE][RECALL], values[DENSE, DENSE, DENSE][RECALL]
-    mean, _ = interval_over_seeds(trained, dense)
+def training(finetuned: dict[str, Any], clip: dict[str, Any]) -> str:
+    """Return what training saves and may cost: fine-tuning, and a CLIP with half of the tokens."""
+    values, arm = values_by_seed(finetuned), f"{DEFAULT.name} {DEFAULT_KEEP}"
+    reduced, dense = values[arm, REDUCED, REDUCED]["top1"], values[DENSE, DENSE, DENSE]["top1"]
+    mean, half = interval_over_seeds(reduced, dense)
+    of_clip, clip_arm = values_by_seed(clip), f"{DEFAULT.name} {CLIP_KEEP}"
+    recalls = (of_clip[key][RECALL] for key in ((clip_arm, REDUCED, DENSE), (DENSE, DENSE, DENSE)))
+    lost, _ = interval_over_seeds(*recalls)
     return (
-        f"**Training a CLIP** with half of the image tokens: a step takes "
-        f"{percent(1 - study['time']['ratios'][arm])} less time. Run with all tokens afterwards, "
-        f"the model loses {-mean:.1f} points of text-to-image R@5; run with half of them, it loses "
-        "more than half of the dense steps would cost "
-        "([all strategies](docs/results.md#training-a-clip))."
+        f"**Training**: fine-tuning on small images takes "
+        f"{percent(1 - finetuned['time']['ratios'][arm])} less time a step, and may lose up to "
+        f"{half - mean:.1f} points of top-1 (end of the interval); as many fewer steps do not "
+        "differ significantly ([study](docs/results.md#fine-tuning-with-fewer-tokens)). A CLIP "
+        f"trained on half of the image tokens takes "
+        f"{percent(1 - clip['time']['ratios'][clip_arm])} less time a step, and loses "
+        f"{-lost:.1f} points of R@5 when it is run on all of them "
+        "([study](docs/results.md#training-a-clip))."
     )
 
 
@@ -148,7 +137,7 @@ def settings_table(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dic
         row = found[name]
         cells.append(
             [
-                f"`{name}`",
+                panel_tables.title(name),
                 *(panel_tables.time_text(panel, name, batch) for batch in BATCHES),
                 panel_tables.points(row.mean),
                 f"{row.worst}: {panel_tables.points(row.sets[row.worst])}",
@@ -181,8 +170,7 @@ def blocks() -> list[Block]:
     panel, camvid, retrieval = (read_object(RESULTS / "real" / f"{name}.json") for name in NAMES)
     page = ROOT / "README.md"
     return [
-        Block(page, "settings", settings_table(panel, camvid, retrieval)),
-        Block(page, "results", bullets(RESULTS)),
+        Block(page, "results", f"{settings_table(panel, camvid, retrieval)}\n\n{bullets(RESULTS)}")
     ]
 
 

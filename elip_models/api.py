@@ -46,6 +46,7 @@ from elip_models.vlm.install import (
 )
 from elip_models.vlm.passed_model import models_in, passed_model
 from elip_models.vlm.question import Mask
+from elip_models.vlm.retrieval import install_on_encoders, uninstall_from_encoders
 from elip_models.vlm.stored_strategies import read_strategies, store_strategies
 from elip_models.vlm.strategies import LANGUAGE_STRATEGIES
 from elip_models.vlm.strategies.base import LanguageStrategy
@@ -74,10 +75,13 @@ def reduce_(
         print(elip_models.reduction_summary(model))      # tokens per layer, FLOPs against dense
 
     Parameters, state_dict keys and the call of the model do not change. A further call replaces the
-    settings. Call it before torch.compile. Calls that return the tokens of several blocks return
-    whole grids, with zeros for dropped patches; ViTModel and others, which return those of the last
-    block, return fewer. A strategy that reads a text takes it from `guidance(model, text_cls)`; a
-    whole image-text model can take it from the texts of its calls: `guidance(model, paired=True)`.
+    settings. Call it before torch.compile. A strategy that reads a text takes it from
+    `guidance(model, text_cls)`; a whole image-text model can take it from the texts of its calls:
+    `guidance(model, paired=True)`.
+
+    Heads that read every patch, and calls that return the tokens of several blocks, get whole
+    grids: each patch has its token, or that which it was merged into, or zeros if it was dropped.
+    Other calls return the tokens that remain, such as `last_hidden_state` of ViTModel.
 
     In a multimodal language model, such as LLaVA, the strategies 'diverse', its default,
     'cdpruner', 'visionzip', 'evs', 'pool', 'stride' and 'random_tokens' remove image tokens before
@@ -132,6 +136,7 @@ def reduce_(
     if multimodal is None:
         return install.install_strategy(model, strategy, options, keep)
     _reduce(passed_model(model), multimodal, strategy, keep, options)
+    install_on_encoders(model)
     return model
 
 
@@ -154,6 +159,7 @@ def unreduce_(model: M) -> M:
             passed.set_reduction(None)
         return model
     install.uninstall_strategy(passed)
+    uninstall_from_encoders(model)
     if (multimodal := find_multimodal(passed)) is not None:
         uninstall_strategies(multimodal)
     return model

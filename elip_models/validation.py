@@ -130,6 +130,7 @@ Positive = Annotated[float, Bounds(0, includes_low=False)]
 Share = Annotated[float, Bounds(0, 1)]
 PositiveShare = Annotated[float, Bounds(0, 1, includes_low=False)]
 Rate = Annotated[float, Bounds(0, 1, includes_high=False)]
+Reach = Annotated[float, Bounds(0.5)]  # in patches; a smaller one would change no choice
 
 
 def check_fields(instance: Any) -> None:
@@ -312,6 +313,7 @@ PACKAGES = {
     "models": ("einops", "huggingface_hub", "safetensors", "timm", "torchvision", "transformers"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "open-clip": ("open_clip",),
+    "pages": ("lancedb", "pypdfium2", "sentence_transformers"),
     "peft": ("peft",),
     "ray": ("ray",),
     "search": ("faiss",),

@@ -5,7 +5,7 @@ The mean over the sets counts each set once. Its interval is that of a mean of i
 
 from collections.abc import Iterator, Sequence
 from math import hypot
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
 from benchmarks.real.measures import KNN, OWN, RECALLS, TOP1
@@ -19,6 +19,11 @@ RECALL_TITLES = dict(zip(RECALLS, ("text R@1", "text R@5", "image R@1", "image R
 EQUAL_TIME = 0.05
 """Largest difference of the times, relative to dense, of two settings that are contrasted."""
 BATCH, SINGLE = 8, 1
+DISTILLED = {
+    "distilled_resize_merge": "`resize_merge 0.5`, distilled for 500 steps",
+    "distilled_merge": "`merge 0.7`, distilled for 300 steps",
+}
+"""Folder of a model that `elip distill` wrote, by which results name it: its row in tables."""
 
 Document = dict[str, Any]
 
@@ -62,6 +67,21 @@ def rows(panel: Document, measure: str = OWN) -> list[Row]:
     return found
 
 
+def power(panel: Document, setting: str, measure: str = OWN) -> list[float]:
+    """Return how probably a setting that loses nothing would be non-inferior, set by set.
+
+    It changes as many photographs as `setting` does, as many for the better as for the worse. The
+    difference is taken as normal.
+    """
+    found = []
+    for each in panel["sets"].values():
+        entry = next(entry for entry in each["settings"] if entry["setting"] == setting)
+        gap, count = entry["difference"][measure], each["photographs"]
+        error = (gap["gains"] + gap["losses"]) ** 0.5 / count
+        found.append(NormalDist().cdf(panel["margin"] / error - NormalDist().inv_cdf(0.975)))
+    return found
+
+
 def mean_over_sets(intervals: Sequence[Interval]) -> Interval:
     """Return the mean of intervals of independent sets; its half width is that of a sum."""
     mean = fmean(each.mean for each in intervals)
@@ -87,6 +107,11 @@ def times(document: Document, batch: int) -> dict[str, Interval]:
     runs = document.get("time", {"runs": []})["runs"]
     ratios = next((run["ratios"] for run in runs if run["batch"] == batch), {})
     return {name: Interval(*each.values()) for name, each in ratios.items()}
+
+
+def title(setting: str) -> str:
+    """Return a setting as a cell of a table."""
+    return DISTILLED.get(setting, f"`{setting}`")
 
 
 def time_text(document: Document, setting: str, batch: int) -> str:
@@ -126,7 +151,7 @@ def panel_table(panel: Document, measure: str) -> str:
             differences.append(f"{bold}{points(row.sets[name])}{bold}")
         cells.append(
             [
-                f"`{row.setting}`",
+                title(row.setting),
                 *(time_text(panel, row.setting, batch) for batch in (BATCH, SINGLE)),
                 points(row.mean),
                 *differences,
@@ -166,7 +191,7 @@ def contrasts_table(panel: Document) -> str:
         worse = [name for name, each in sets.items() if each.high < 0]
         cells.append(
             [
-                f"`{left}` − `{right}`",
+                f"{title(left)} − {title(right)}",
                 points(mean),
                 ", ".join(better) or "none",
                 ", ".join(worse) or "none",
@@ -183,7 +208,7 @@ def camvid_table(camvid: Document) -> str:
         gaps = entry["difference"]
         cells.append(
             [
-                f"`{entry['setting']}`",
+                title(entry["setting"]),
                 *(time_text(camvid, entry["setting"], batch) for batch in (BATCH, SINGLE)),
                 *(points(interval_of(gaps[head])) for head in ("own", "dense")),
             ]
@@ -196,7 +221,7 @@ def retrieval_table(retrieval: Document) -> str:
     """Return a row for each setting: the difference of each recall, by own maps and dense ones."""
     cells = [
         [
-            f"`{entry['setting']}`",
+            title(entry["setting"]),
             *(recall_text(entry, "own", name) for name in RECALLS),
             *(recall_text(entry, "dense", name) for name in RECALLS[1::2]),
         ]

@@ -34,7 +34,15 @@ from elip_models.calibration.task import Task
 from elip_models.profiling.measure import installed_versions, measured_on, no_gain
 from elip_models.profiling.workload import shared_copy
 from elip_models.towers import check_module
-from elip_models.validation import Count, PositiveInt, PositiveShare, check, did_you_mean, shortened
+from elip_models.validation import (
+    Count,
+    NonNegative,
+    PositiveInt,
+    PositiveShare,
+    check,
+    did_you_mean,
+    shortened,
+)
 from elip_models.vlm.families import refuse_multimodal
 
 FEATURE_TASKS: dict[str, type[FeatureTask]] = {Cosine.name: Cosine, Neighbours.name: Neighbours}
@@ -65,6 +73,7 @@ def calibrate(
     seed: int = 0,
     every: bool = False,
     time: bool = True,
+    minutes: float = 0.0,
     distill: int = 0,
     save: Callable[[nn.Module], object] = nothing,
     folder: str | os.PathLike | None = None,
@@ -105,13 +114,16 @@ def calibrate(
         seed: of the split.
         every: try every strategy at every share, without the search.
         time: time the settings. Without times the choice goes by FLOPs.
+        minutes: use only as many images as a run of about this time can measure on this machine,
+            of each class its share; 0 for all. Training takes longer.
         distill: steps of `distill`, which trains the setting one step cheaper than the choice on
             the images that choose; 0 for none. It needs a model in fp32.
         save: is called with the trained model.
         folder: where outputs are stored, so that a stopped run goes on; None: in memory.
         names: the file name of each image, for the report.
         progress: is called with a line of text while the run goes on.
-        announce: is called with the first answer of a long run, which may still change.
+        announce: is called with the number of images that `minutes` allows, and with the first
+            answer of a long run, which may still change.
         metric: the former name of `task`.
 
     Returns:
@@ -131,6 +143,7 @@ def calibrate(
         check(name, flag, bool)
     batch_size = check("batch_size", batch_size, PositiveInt)
     distill, seed = check("distill", distill, Count), check("seed", seed, Count)
+    minutes = check("minutes", minutes, NonNegative)
     check("dtype", dtype, torch.dtype | None)
     check("folder", folder, str | os.PathLike | None)
     for name, texts in (("strategies", strategies), ("compare", compare), ("names", names)):
@@ -156,8 +169,10 @@ def calibrate(
         task,
         tolerance,
         seed=seed,
+        minutes=minutes,
         folder=folder,
         progress=progress,
+        announce=announce,
         batch_size=batch_size,
     )
     candidates = task.candidates(measured, class_token_only=class_token_only)
@@ -169,7 +184,7 @@ def calibrate(
         except TypeError as error:
             refused[text] = str(error)
     also = [candidates.compared(text) for text in compare]
-    search = run.searched(ladders, every=every, announce=announce)
+    search = run.searched(ladders, every=every)
     timed = _cheapest(search.within) if compile else search.within
     costs = run.costs([*timed, *also], compile=compile) if time else {}
     tested, chosen = fixed_sequence(_slowest_first(search.within, costs), run.is_confirmed)

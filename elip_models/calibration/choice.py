@@ -33,18 +33,25 @@ class Parts(NamedTuple):
     held_back: tuple[int, ...]
 
 
-def split(count: int, groups: Sequence[int] | None, *, seed: int) -> Parts:
-    """Return two random halves of images 0 .. `count` - 1.
+def split(
+    count: int, groups: Sequence[int] | None, *, seed: int, share: float = 1.0, least: int = 0
+) -> Parts:
+    """Return two random halves of images 0 .. `count` - 1, or of a share of them.
 
     Args:
         count: all images; of an odd number the first part has one more.
         groups: a number for each image; each half has half of the images of each number, or one
             more. None: all images are one group.
         seed: of the draw.
+        share: of the images of each group that is used; of a larger share all are used again.
+        least: the number of images of a group that are used at least, if there are as many.
     """
+    group_of = np.zeros(count, int) if groups is None else np.asarray(groups)
     drawn = np.random.default_rng(seed).permutation(count)
-    if groups is not None:
-        drawn = drawn[np.argsort(np.asarray(groups)[drawn], kind="stable")]
+    drawn = drawn[np.argsort(group_of[drawn], kind="stable")]
+    ordered = group_of[drawn]
+    first, last = (np.searchsorted(ordered, ordered, side) for side in ("left", "right"))
+    drawn = drawn[np.arange(count) - first < np.maximum(least, np.ceil(share * (last - first)))]
     halves = (np.sort(drawn[first::2]).tolist() for first in (0, 1))
     return Parts(*map(tuple, halves))
 

@@ -179,6 +179,7 @@ class Probe(ClassTask):
     """
 
     name: ClassVar[str] = "probe"
+    least_of_group: ClassVar[int] = 2 * FOLDS
 
     def __init__(
         self,
@@ -198,12 +199,12 @@ class Probe(ClassTask):
                 f"labels: expected at least two classes, got only {only!r}; add images of another "
                 "class"
             )
-        if counts.min() < 2 * FOLDS:
+        if counts.min() < self.least_of_group:
             rarest = self.classes[numbers[counts.argmin()]]
             raise ValueError(
-                f"labels: expected at least {2 * FOLDS} images of each class, {FOLDS} in each "
-                f"part, got {counts.min()} of class {shortened(rarest)}; add images, or leave it "
-                "out"
+                f"labels: expected at least {self.least_of_group} images of each class, half of "
+                f"them in each part, got {counts.min()} of class {shortened(rarest)}; add images, "
+                "or leave it out"
             )
         self.features, self.own = features, own
         self.measures = (OWN, TOP1) if own else (TOP1,)

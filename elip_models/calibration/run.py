@@ -28,12 +28,15 @@ from elip_models.calibration.results import Setting, Worst
 from elip_models.calibration.search import Search
 from elip_models.calibration.task import Measure, Part, Task
 from elip_models.intervals import Interval, interval_of_totals
+from elip_models.profiling.measure import time_side_by_side
 from elip_models.recovery.distill import distill
 from elip_models.saving.files import tensors_sha256
 
 PORTIONS = (50, 200)
 """Images that are measured before all, if there are many more; the last give a first answer."""
 SHOWN = 10  # images that lose most
+DENSE_PASSES = 5
+"""Forward passes of the dense model for an image that take as long as all of a run does for it."""
 
 
 class Run:
@@ -42,6 +45,9 @@ class Run:
     Attributes:
         decides: the measure that decides.
         parts: the images that choose, and those held back.
+
+    Args:
+        minutes: use only as many images as about this time allows; 0: all.
     """
 
     def __init__(
@@ -51,15 +57,20 @@ class Run:
         tolerance: float,
         *,
         seed: int,
+        minutes: float,
         folder: str | os.PathLike | None,
         progress: Callable[[str], object],
+        announce: Callable[[str], object],
         batch_size: int,
     ) -> None:
         self.model, self.task, self.tolerance, self.progress = model, task, tolerance, progress
         self.decides, self.seed = task.measures[0], seed
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.parts: Parts = split(task.count, task.groups(), seed=seed)
+        self.announce = announce
+        share = self._affordable(minutes, batch_size) if minutes else 1.0
+        least = task.least_of_group
+        self.parts: Parts = split(task.count, task.groups(), seed=seed, share=share, least=least)
         self.batch_sizes = sorted({1, min(batch_size, len(self.parts.chosen_on))})
         self.folder = None if folder is None else Path(folder)
         progress("the weights and the images")
@@ -74,12 +85,24 @@ class Run:
         self._held_back: dict[str, dict[str, Measure]] = {}
         self._differences: dict[tuple[str, tuple[int, ...]], dict[str, Interval]] = {}
 
+    def _affordable(self, minutes: float, batch_size: int) -> float:
+        """Return the share of the images that a run of some minutes can measure."""
+        self.progress("the time of the dense model")
+        images = range(min(batch_size, self.task.count))
+        steps = self.task.steps(self.model, images)
+        times = time_side_by_side(steps, device=self.device, rounds=1)
+        seconds = sum(time for (time,) in times.values()) / len(images)
+        count = max(PORTIONS[0], round(60 * minutes / (DENSE_PASSES * seconds)))
+        if count >= self.task.count:
+            return 1.0
+        self.announce(f"About {count} of {self.task.count} images, for {minutes:g} minutes.")
+        return count / self.task.count
+
     def searched(
         self,
         ladders: dict[str, list[Candidate]],
         *,
         every: bool,
-        announce: Callable[[str], object],
     ) -> Search:
         """Return the search over all images that choose, after a first answer on few of them.
 
@@ -98,7 +121,7 @@ class Run:
         if len(portions) == len(PORTIONS):
             first = Search(partial(self._mean_within, portions[-1]), is_promising=is_promising)
             first.add_all(ladders.values())
-            announce(self._first_answer(first, portions[-1]))
+            self.announce(self._first_answer(first, portions[-1]))
         within = partial(self._within, chosen_on)
         search = Search(within, is_promising=None if every else is_promising, every=every)
         search.add_all(ladders.values())

@@ -58,9 +58,11 @@ class Task(ABC):
     Attributes:
         name: of the option `--task`.
         measures: names of the measures; the first decides, the others are reported.
+        least_of_group: the images of each of `groups` that a run needs.
     """
 
     name: ClassVar[str]
+    least_of_group: ClassVar[int] = 1
     measures: tuple[str, ...]
 
     @property

@@ -1,6 +1,8 @@
 """The command `elip calibrate`: the fastest reduction that the user's own task allows."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from elip_models.calibration.results import Results
     from elip_models.commands.calibration_task import Prepared
 
-MARKER = "run.json"
-"""The file that a run writes first, see `calibration/outputs.py`."""
+MARKER, OUTPUTS = "run.json", "outputs"
+"""What a run writes first, and the folder of its outputs, see `calibration/outputs.py`."""
 DTYPES = ("fp32", "bf16", "fp16")
 BEST, REPORT, DISTILLED = "best.json", "report.html", "distilled"
 ADVICE = (
@@ -84,6 +86,10 @@ def calibrate(
         int | None,
         typer.Option(min=8, help="Images, drawn at random: by default 200, or 2,000 with classes."),
     ] = None,
+    minutes: Annotated[
+        float,
+        typer.Option(min=0, help="Use as many of these images as about this time allows; 0: all."),
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw and of the halves.")] = 0,
     batch_size: Annotated[
         int, typer.Option(min=1, max=2**16, help="Images in a batch, for outputs and times.")
@@ -124,8 +130,8 @@ def calibrate(
         raise ConfigError(f"--output: expected a folder, or a name for a new one, got {output}")
     options = {"tolerance": tolerance, "compare": compare or (), "distill": distill, "seed": seed}
     options |= {"batch_size": batch_size, "compile": compile, "every": every}
-    options |= {"class_token_only": class_token_only}
-    with locked_folder(output, "--output", marker=MARKER):
+    options |= {"class_token_only": class_token_only, "minutes": minutes}
+    with locked_folder(output, "--output", marker=MARKER), _mistakes_undone(output):
         with as_option_error(calibrate, folder="--output"):
             prepared = prepare(
                 Opening(model, pretrained, device),
@@ -153,6 +159,19 @@ def calibrate(
         Console(),
         f'{output / REPORT} shows the result. Call elip_models.reduce_(model, "{output / BEST}")',
     )
+
+
+@contextmanager
+def _mistakes_undone(output: Path) -> Iterator[None]:
+    """Remove what a run has stored if its data or options are wrong, unless it goes on."""
+    is_new = not (output / MARKER).exists()
+    try:
+        yield
+    except ConfigError:
+        if is_new:
+            (output / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(output / OUTPUTS, ignore_errors=True)
+        raise
 
 
 def _run(

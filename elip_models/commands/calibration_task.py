@@ -362,6 +362,7 @@ def read_classes(labels: str, folder: Path, paths: Sequence[Path]) -> dict[Path,
         paths: the images.
     """
     if labels == FOLDERS:
+        _check_no_empty_folder(paths)
         return {path: path.parent.name for path in paths}
     file = Path(labels)
     if not file.is_file():
@@ -381,6 +382,17 @@ def read_classes(labels: str, folder: Path, paths: Sequence[Path]) -> dict[Path,
             f"{len(missing)} images, such as {shortened(missing[0])}; add the lines"
         )
     return {path: rows[key] for path, key in keys.items()}
+
+
+def _check_no_empty_folder(paths: Sequence[Path]) -> None:
+    """Raise ConfigError for an empty folder beside the folders of the classes."""
+    for parent in sorted({path.parent.parent for path in paths}):
+        for folder in sorted(parent.iterdir()):
+            if folder.is_dir() and not any(folder.iterdir()):
+                raise ConfigError(
+                    f"--labels: expected images in the folder of each class, got none in {folder}; "
+                    "add images, or remove the folder"
+                )
 
 
 def sample_by_class(classes: dict[Path, str], count: int | None, seed: int) -> list[Path]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from elip_models.commands.image_folder import as_option_error
+from elip_models.commands.pages import embed_documents
 from elip_models.validation import ConfigError, require_extra
 
 with require_extra("elip_models.commands"):
@@ -35,6 +36,7 @@ Reduction = Annotated[
 
 
 def embed(
+    context: typer.Context,
     source: Annotated[
         str, typer.Argument(help="Folder of images, tar files, list of paths, or Parquet files.")
     ],
@@ -70,9 +72,20 @@ def embed(
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
     ray: Annotated[str | None, typer.Option(help="Cluster: local, auto or HOST:PORT.")] = None,
     ray_actors: Annotated[int | None, typer.Option(min=1, help="Actors on the cluster.")] = None,
+    pages: Annotated[
+        bool,
+        typer.Option(
+            "--pages",
+            help="PDF files and images, with many vectors for each page: ColPali, ColQwen2.",
+        ),
+    ] = False,
 ) -> None:
     """Embed a collection of images: one vector for each, as Parquet files."""
     options = dict(locals())
+    context = options.pop("context")
+    if options.pop("pages"):
+        embed_documents(embed, context, options, _bars)
+        return
     options["keep_columns"] = tuple(filter(None, map(str.strip, keep_columns.split(","))))
     result = _embed(options.pop("model"), options.pop("source"), options.pop("output"), options)
     if not _is_first():  # of the processes of torchrun
@@ -118,17 +131,17 @@ def _embed(model: str, source: str, output: Path, options: dict[str, Any]) -> "E
 
 
 class _Rate(ProgressColumn):
-    """Images per second."""
+    """Images, or pages, per second."""
 
     def render(self, task: Task) -> Text:
         """Return the rate, if it is known."""
-        return Text("" if task.speed is None else f"{task.speed:.1f} images/s")
+        return Text("" if task.speed is None else f"{task.speed:.1f}/s")
 
 
-def _bars(console: Console) -> Progress:
+def _bars(console: Console, what: str = "images") -> Progress:
     """Return a progress bar, shown on a terminal only."""
     skipped = TextColumn("{task.fields[skipped]} skipped")
-    columns = TextColumn("images"), MofNCompleteColumn(), BarColumn(), _Rate(), skipped
+    columns = TextColumn(what), MofNCompleteColumn(), BarColumn(), _Rate(), skipped
     left = TimeRemainingColumn(), TextColumn("left")
     disabled = not (console.is_terminal and _is_first())
     return Progress(*columns, *left, console=console, disable=disabled)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from elip_models.commands.image_folder import as_option_error
+from elip_models.commands.pages import found_pages, is_page_index, printable, show_pages
 from elip_models.validation import ConfigError, require_extra
 
 with require_extra("elip_models.commands"):
@@ -32,8 +33,18 @@ def search(
         bool, typer.Option("--exact", help="Compare all embeddings, even with an index.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures of the pages that are found.")
+    ] = None,
 ) -> None:
-    """Search in a folder of embeddings by a text or an image."""
+    """Search in a folder of embeddings by a text or an image; in one of pages by a text."""
+    if is_page_index(folder):
+        with _working("searching"):
+            found = found_pages(folder, query, model, top, device, pictures)
+        show_pages(found, as_json=as_json)
+        return
+    if pictures is not None:
+        raise ConfigError(f"--pictures: expected none with images, got {pictures}")
     with require_extra("elip search"):
         from elip_models.embedding.search import search as search_collection
 
@@ -77,13 +88,7 @@ def _print(text: str) -> None:
 def _print_hits(result: "SearchResult") -> None:
     table = Table("rank", "similarity", Column("key", overflow="fold"))
     for hit in result.hits:
-        table.add_row(str(hit.rank), f"{hit.similarity:.4f}", _printable(hit.key))
+        table.add_row(str(hit.rank), f"{hit.similarity:.4f}", printable(hit.key))
     Console().print(table)
     how = "all compared" if result.index is None else f"by the {result.index} index"
     _print(f"{result.images} images, {how}")
-
-
-def _printable(key: str) -> str:
-    """Return a key as a cell of a table, which controls no terminal."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in key)
-    return escape("".join(shown))

@@ -34,7 +34,8 @@ class GuidedToMe(Guided, ToMe):
     This strategy is new in this project: the step of ToMe with the attention row of ELIP.
 
     Attributes:
-        r, proportional, compare, keep_norm, class_token_only, position: as of `ToMe`.
+        r, proportional, compare, keep_norm, class_token_only, position, decrease, reach: as of
+            `ToMe`.
         protect: the share of patches in every block that merge only if no others are left, in
             [0, 1).
         weight: the factor of a token's attention, relative to the largest, against its similarity.

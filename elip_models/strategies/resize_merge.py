@@ -29,7 +29,8 @@ class ResizeMerge(TokenMerging):
         size: the height in pixels, see `ImageResize`. None: the height that `keep` requires; the
             image's own if `r` is given.
         r: see `ToMe`, of the patches of the smaller image.
-        proportional, compare, keep_norm, class_token_only, position, decrease: as of `ToMe`.
+        proportional, compare, keep_norm, class_token_only, position, decrease, reach: as of
+            `ToMe`.
     """
 
     name: ClassVar[str] = "resize_merge"

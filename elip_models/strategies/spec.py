@@ -28,6 +28,7 @@ from elip_models.validation import (
     PositiveInt,
     PositiveShare,
     Rate,
+    Reach,
     Share,
     did_you_mean,
     mismatch_error,
@@ -67,6 +68,7 @@ class StrategyOptions(ELIPOptions, total=False):
     until: Count | None
     size: PositiveInt | None
     decrease: Share | None
+    reach: Reach | None
     relevance: bool | None
     contextual: Share | None
     tolerance: NonNegative | None

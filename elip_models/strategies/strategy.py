@@ -29,6 +29,7 @@ class StageInfo(NamedTuple):
         attention: (B, N) the row of scores that selected, prefix tokens included, or None.
         sizes: (B, N) the number of patches in each token, if the strategy counts them.
         positions: (B, N-p) the position of each remaining patch token, if the tower needs it.
+        places: (B, N, 2) the row and column of each token, if the strategy needs them.
     """
 
     stage: Stage
@@ -36,6 +37,7 @@ class StageInfo(NamedTuple):
     attention: Tensor | None = None
     sizes: Tensor | None = None
     positions: Tensor | None = None
+    places: Tensor | None = None
 
     @property
     def mask(self) -> Tensor | None:

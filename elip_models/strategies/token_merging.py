@@ -14,7 +14,8 @@ class TokenMerging(ToMe):
     model less than the paper's form, at the same rate. `ToMe` is the paper's form.
 
     Attributes:
-        r, proportional, compare, keep_norm, class_token_only, position, decrease: as of `ToMe`.
+        r, proportional, compare, keep_norm, class_token_only, position, decrease, reach: as of
+            `ToMe`.
     """
 
     name: ClassVar[str] = "merge"

@@ -1,5 +1,6 @@
 """ToMe: merge the most similar tokens in every block, between its attention and its MLP."""
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import floor
@@ -12,12 +13,13 @@ import elip_kernels
 from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_kernels.ops.bipartite import merge_pairs
 from elip_kernels.ops.gather_ops import accumulator
+from elip_models.strategies import nearness
 from elip_models.strategies.flops import TokenCounts
 from elip_models.strategies.schedule import Stage
 from elip_models.strategies.strategy import Context, StageInfo, Strategy, counts_of
 from elip_models.towers import Tower, TowerSize
 from elip_models.towers.merge import Merge
-from elip_models.validation import Count, Rate, Share, check_fields
+from elip_models.validation import Count, Rate, Reach, Share, check_fields
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class ToMe(Strategy):
         decrease: the first block merges 1 + decrease times as many tokens as the mean block, the
             last one 1 - decrease times, and the others between them: 0 is the constant schedule of
             the paper, 1 its decreasing one. No effect on one number per block.
+        reach: prefer partners that are near in the image. At this distance, in patches, at least
+            0.5, the similarity of two tokens is 1 less than their cosine, and the loss grows with
+            the squared distance. None: distance has no effect. For images of the model's own size.
     """
 
     name: ClassVar[str] = "tome"
@@ -63,6 +68,7 @@ class ToMe(Strategy):
     class_token_only: bool = False
     position: Literal["kept", "mean"] = "kept"
     decrease: Share = 0.0
+    reach: Reach | None = None
 
     @property
     def drops_patches(self) -> bool:
@@ -78,9 +84,19 @@ class ToMe(Strategy):
         reason = tower.refuses_mean_positions() if self.position == "mean" else None
         if reason is not None:
             return f"position='mean': {reason}"
+        if self.reach is not None and (reason := self._refuses_reach(tower)) is not None:
+            return f"reach: {reason}"
         if self.class_token_only and (tower.pools or not tower.has_cls):
             return "class_token_only: the model uses the patches of the last block"
         return tower.refuses_dropping() if self.class_token_only else None
+
+    def _refuses_reach(self, tower: Tower) -> str | None:
+        """Return why distances in the image are unknown, in one sentence, or None if known."""
+        if tower.takes_padding:
+            return "images of one batch may have other grids of patches"
+        size = self.resized(tower.size)
+        is_grid = math.prod(size.grid) == size.num_patches
+        return None if tower.num_steps == 1 and is_grid else "its patches are no grid of an image"
 
     def _merged_per_block(self, size: TowerSize) -> tuple[int, ...]:
         """Return how many tokens each block merges away."""
@@ -138,7 +154,8 @@ class ToMe(Strategy):
 
     def channels(self, size: TowerSize) -> int:
         """Return the number of channels that are compared."""
-        return size.width // size.heads if self.compare == "mean_key" else size.width
+        channels = size.width // size.heads if self.compare == "mean_key" else size.width
+        return channels if self.reach is None else channels + nearness.CHANNELS
 
     def compared(self, tokens: Tensor, keys: Tensor) -> Tensor:
         """Return what is compared, (B, N, C), of tokens (B, N, D) with keys (B, H, N, d)."""
@@ -180,14 +197,14 @@ class ToMe(Strategy):
         if context.mask is not None:
             lengths = context.mask.sum(1)
         tokens, keys = self._attend(tower, i, tokens, context)
-        before = sizes
+        before, places = sizes, self._places(tower, tokens, context)
         if context.replay is not None:
             match = context.replay.reduction
             merged, sizes = elip_kernels.apply_merge(tokens, match, size=sizes)
         else:
             merged, sizes, match = merge_pairs(
                 tokens,
-                self.compared(tokens, keys),
+                self._metric(tower, tokens, keys, places),
                 r,
                 size=sizes,
                 penalty=penalty,
@@ -201,7 +218,33 @@ class ToMe(Strategy):
             positions = tower.mean_positions(match, before, accumulator(tokens))
         elif tower.has_positions:
             positions = self.merged_positions(tower, match, context.mask)
-        return tower.mlp(i, tokens), StageInfo(stage, match, sizes=sizes, positions=positions)
+        if places is not None:
+            places = elip_kernels.apply_merge(places, match, size=before)[0]
+        info = StageInfo(stage, match, sizes=sizes, positions=positions, places=places)
+        return tower.mlp(i, tokens), info
+
+    def _places(self, tower: Tower, tokens: Tensor, context: Context) -> Tensor | None:
+        """Return the row and column (B, N, 2) of each token that enters a block, if `reach`."""
+        if self.reach is None or context.previous is not None:
+            return None if context.previous is None else context.previous.places
+        size, (B, N, _) = self.resized(tower.size), tokens.shape
+        if size.num_tokens != N:
+            height, width = size.image
+            raise ValueError(
+                f"reach: expected images of {height} x {width} pixels, whose {size.num_patches} "
+                f"patches have known places, got {N - size.num_prefix_tokens} patches; open the "
+                "model for this size, or leave out reach"
+            )
+        places = nearness.patch_places(size.grid, size.num_prefix_tokens, tokens)
+        return places.expand(B, -1, -1)
+
+    def _metric(self, tower: Tower, tokens: Tensor, keys: Tensor, places: Tensor | None) -> Tensor:
+        """Return what the matching compares (B, N, C): features, and places if there are any."""
+        metric = self.compared(tokens, keys)
+        if self.reach is None or places is None:
+            return metric
+        grid = self.resized(tower.size).grid
+        return nearness.with_nearness(metric, places, grid, self.reach)
 
     def merged_positions(
         self, tower: Tower, match: BipartiteInfo, mask: Tensor | None = None

@@ -89,6 +89,8 @@ class HFTower(HFPositions):
         shared = ("shared_position_bias", "encoder.relative_position_bias")
         if any(part(trunk, name) is not None for name in shared):
             return "it passes the bias of its positions to its layers as a mask"
+        if getattr(layers[0], "num_experts", 1) > 1:
+            return "its layers choose an expert by the data set of an image; take num_experts=1"
         names = LAYERS[library_class(layers[0]).__name__]
         for attn in (unwrapped(getattr(layer, names.attn)) for layer in layers):
             if cls.refuses_attention(attn) is not None:

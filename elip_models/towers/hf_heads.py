@@ -8,6 +8,7 @@ from transformers import (
     BeitForMaskedImageModeling,
     BeitForSemanticSegmentation,
     CLIPForImageClassification,
+    CLIPSegForImageSegmentation,
     Data2VecVisionForSemanticSegmentation,
     DeiTForMaskedImageModeling,
     Dinov2ForImageClassification,
@@ -42,6 +43,7 @@ AVERAGED = (
 )
 DENSE_HEADS = (
     BeitForSemanticSegmentation,
+    CLIPSegForImageSegmentation,
     Data2VecVisionForSemanticSegmentation,
     DPTForDepthEstimation,
     DPTForSemanticSegmentation,

@@ -43,6 +43,7 @@ LAYERS = {
     "PixioLayer": VIT._replace(after=per_sublayer("dropout", "drop_path")),
     "VideoMAELayer": VIDEO_MAE,
     "DPTViTLayer": VIDEO_MAE,
+    "VitPoseBackboneLayer": VIDEO_MAE._replace(mlp=("mlp",)),
     "Data2VecVisionLayer": VIDEO_MAE._replace(
         after=per_sublayer("lambda_{}", "drop_path"),
         bias="attention.attention.relative_position_bias",

@@ -77,6 +77,13 @@ class TowerSize(NamedTuple):
         """Return the side of a square patch in pixels."""
         return math.isqrt(self.image[0] * self.image[1] // self.num_patches)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Return the rows and columns of patches, if the patches are a grid of one image."""
+        height, width = self.image
+        rows = max(1, round(math.sqrt(self.num_patches * height / width)))
+        return rows, self.num_patches // rows
+
     def embed_flops(self) -> int:
         """Return the FLOPs of the patch embedding of one image with three channels."""
         height, width = self.image

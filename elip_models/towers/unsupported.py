@@ -31,13 +31,15 @@ TIMM = {
     "tnt": f"runs a second transformer over the pixels of every patch; {PLAIN}",
     "vision_transformer_sam": WINDOWS,
     "convnext* resnet* regnet *efficientnet* mobilenetv[35] densenet vgg": CONVOLUTIONAL,
-    "_features*": "is a wrapper; pass the image model inside",
+    "_features*": f"is split into stages by features_only=True, as no plain ViT is; {PLAIN}",
     "*": f"is windowed, hierarchical or convolutional, which needs every token; {PLAIN}",
 }
 """Reasons for the models in these files of timm, as patterns of their names."""
 
 TRANSFORMERS = {
     "timm_wrapper gemma3n_vision": "wraps a timm model; pass its .timm_model",
+    "timm_backbone": "wraps a timm model; pass its ._backbone",
+    "eomt*": f"adds its queries to the patches between its layers, {NOT_YET}; {PLAIN}",
     "vit_mae": "masks and shuffles its patches at random in every call, also in evaluation; "
     "ViTModel.from_pretrained loads its checkpoint, and reads all patches in order",
     "*swin* hiera sam sam2* sam3* sam_* edgetam* vitdet lw_detr* rf_detr*": WINDOWS,
@@ -100,8 +102,9 @@ def transformers_reason(model: nn.Module) -> str:
     if not hasattr(model, "main_input_name"):
         return f"it {PART}"
     backbone = getattr(model.config, "backbone_config", None)  # its `backbone` is a name of timm
-    name = getattr(backbone, "backbone", None) or getattr(backbone, "model_type", "")
-    if (reason := first_match(TRANSFORMERS, name)) is not None:
+    kind = getattr(backbone, "model_type", "")
+    name = getattr(backbone, "backbone", None) or kind
+    if reason := first_match(TRANSFORMERS, name) or first_match(TRANSFORMERS, kind):
         return f"its backbone, {name}, {reason}"
     return f"it {first_match(TRANSFORMERS, model.config.model_type) or _modality_reason(model)}"
 

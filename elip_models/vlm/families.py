@@ -13,6 +13,7 @@ from torch import nn
 from elip_models.strategies.strategy import tower_of
 from elip_models.towers import library_of, without_adapter
 from elip_models.towers.nested_modules import modules_around, modules_outside
+from elip_models.vlm.retrieval import embeds_tokens
 
 LANGUAGE_MODEL = {
     **dict.fromkeys(
@@ -56,11 +57,13 @@ class Multimodal:
     model: the module that puts image features into the sequence and calls the language model.
     language_model: the language model inside.
     head: the module that computes the loss, if there is one: a caller of `model`, or itself.
+    embedder: the module that returns an embedding of each token, if there is one, likewise.
     """
 
     model: nn.Module
     language_model: nn.Module
     head: nn.Module | None
+    embedder: nn.Module | None
 
     @property
     def config(self) -> Any:
@@ -157,7 +160,8 @@ def find_multimodal(model: Any) -> Multimodal | None:
         part = dict(module.named_children()).get(name)
         if part is not None:
             head = module if inner else parents.get(module)
-            return Multimodal(module, part.get_submodule(".".join(inner)), head)
+            embedder = next(filter(embeds_tokens, modules_around(model, module)), None)
+            return Multimodal(module, part.get_submodule(".".join(inner)), head, embedder)
     return None
 
 

@@ -98,8 +98,9 @@ class PromptReduction:
             self.of_head = [
                 head.register_forward_pre_hook(self.note_labels, with_kwargs=True),
                 head.register_forward_hook(forget, with_kwargs=True, always_call=True),
-                *RetrievalHead().install(head),
             ]
+        if multimodal.embedder is not None:
+            self.of_head += RetrievalHead().install(multimodal.embedder)
         begin = model.register_forward_pre_hook(self.begin, with_kwargs=True)
         end = model.register_forward_hook(self.end, with_kwargs=True, always_call=True)
         keep_handles(model, self, begin, end)
@@ -251,8 +252,10 @@ class PromptReduction:
         if (retrieval := retrieval_call(model)) is not None:
             info = call.info(None)
             kept = (info.kept, *info.kept_behind)[-1]
-            hidden = output["last_hidden_state"]
-            output["last_hidden_state"] = retrieval.mark_removed(hidden, kept)
+            hidden = retrieval.mark_removed(output["last_hidden_state"], kept)
+            output["last_hidden_state"] = hidden
+            if output.get("hidden_states") is not None:
+                output["hidden_states"] = (*output["hidden_states"][:-1], hidden)
         return output
 
     def _select(

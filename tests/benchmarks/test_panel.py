@@ -9,13 +9,25 @@ import timm
 import torch
 from PIL import Image
 from rich.console import Console
+from scipy import stats
 from sklearn.metrics import jaccard_score
 
-from benchmarks.real import calibrated, camvid, dinov2, panel, panel_tables, retrieval, sets
+from benchmarks.real import (
+    calibrated,
+    camvid,
+    dinov2,
+    panel,
+    panel_tables,
+    retrieval,
+    sets,
+    unmeasured,
+    variants,
+)
 from benchmarks.real.measures import OWN
 from elip_models.intervals import Interval, paired_interval
 
 SETTINGS = "tome 0.5, resize 0.5"
+KINDS = "aerial", "clothes"
 
 
 @pytest.fixture
@@ -195,3 +207,60 @@ def test_camvid_compares_reduced_models_and_smaller_images_with_dense(frames):
     assert same["difference"]["own"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
     assert smaller["totals"]["own"] != document["totals"]["own"] != reduced["totals"]["own"]
     assert panel_tables.camvid_table(document).count("\n") == 4
+
+
+def test_the_power_is_that_of_simulated_photographs():
+    gap = {"gains": 20, "losses": 34}
+    entry = {"setting": "tome 0.5", "difference": {OWN: gap}}
+    document = {"margin": 0.01, "sets": {"a": {"photographs": 1500, "settings": [entry]}}}
+    changed = np.random.default_rng(0).multinomial(1500, [0.018, 0.018, 0.964], size=1000)
+    passed = [paired_interval(*map(int, each[:2]), 1500).low > -0.01 for each in changed]
+    assert panel_tables.power(document, "tome 0.5") == pytest.approx([np.mean(passed)], abs=0.05)
+
+
+def test_variants_have_the_flops_of_the_first_and_are_judged_on_the_same_photographs(
+    photographs, model, monkeypatch
+):
+    monkeypatch.setattr(dinov2, "timm_model", lambda: model)
+    monkeypatch.setitem(sets.SOURCES, "aerial", sets.SOURCES["aerial"]._replace(per_class=4))
+    monkeypatch.setattr(variants, "SETS", ("aerial",))
+    depth = len(model.blocks)
+    early = [1.0] + [0.0] * (depth - 1)
+    monkeypatch.setattr(variants, "GROUPS", {"merge 0.9": {"early": early, "again": "merge 0.9"}})
+    file = photographs / "variants.json"
+    assert variants.main([str(photographs), "--output", str(file), "--dtype", "float32"]) == 0
+    document = json.loads(file.read_text())
+    assert document["photographs"] == {"aerial": 8}
+    first, of_early, again = document["groups"]["merge 0.9"]
+    assert of_early["flops"] == pytest.approx(first["flops"], abs=0.05)
+    assert of_early["strategy"].startswith("merge(r=(")
+    nothing = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert again["from_first"] == {"cross_entropy": nothing, "top1": nothing}
+    assert again["from_dense"] == first["from_dense"]
+
+
+def test_a_contrast_weighs_each_set_alike():
+    generator = torch.Generator().manual_seed(0)
+    judged, reference = (
+        {name: torch.rand(2, n, generator=generator) for name, n in (("a", 30), ("b", 50))}
+        for _ in range(2)
+    )
+    gaps = [(judged[name] - reference[name])[0].numpy() for name in ("a", "b")]
+    error = sum(stats.sem(gap) ** 2 for gap in gaps) ** 0.5 / 2
+    mean = np.mean([gap.mean() for gap in gaps])
+    low, high = stats.norm.interval(0.95, mean, error)
+    expected = {"mean": mean, "low": low, "high": high}
+    assert variants.contrast(judged, reference)[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_pool_has_no_measured_photograph(photographs, monkeypatch):
+    monkeypatch.setitem(sets.SOURCES, "aerial", sets.SOURCES["aerial"]._replace(per_class=4))
+    monkeypatch.setattr(unmeasured, "SETS", ("aerial",))
+    monkeypatch.setattr(unmeasured, "SPLIT", "clothes")
+    pool = photographs / "pool"
+    assert unmeasured.main([str(photographs), str(pool)]) == 0
+    linked = {kind: {path.read_bytes() for path in pool.glob(f"{kind}_*")} for kind in KINDS}
+    assert not linked["aerial"] & {p.read_bytes() for p in sets.read(photographs, "aerial").paths}
+    clothes = sets.read(photographs, "clothes")
+    trained = {clothes.paths[i].read_bytes() for i in clothes.folds[0].train}
+    assert len(linked["aerial"]) == 8 and linked["clothes"] == trained

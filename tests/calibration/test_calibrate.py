@@ -108,7 +108,8 @@ def test_the_model_stays_as_it_was(pictures):
 
 
 def test_the_images_needed_go_by_the_wider_interval_of_both_parts(model, head):
-    run = Run(model, head, 0.01, seed=0, folder=None, progress=lambda text: None, batch_size=8)
+    options = {"seed": 0, "minutes": 0, "folder": None, "batch_size": 8}
+    run = Run(model, head, 0.01, progress=lambda text: None, announce=lambda text: None, **options)
     narrow, wide = Interval(-0.005, -0.02, 0.01), Interval(0.0, -0.08, 0.08)
     for pair in ((narrow, wide), (wide, narrow)):
         of_parts = ({"top-1": interval} for interval in pair)
@@ -202,6 +203,16 @@ def test_a_few_images_give_a_first_answer(model, pictures, monkeypatch):
     (answer,) = answers
     assert answer.startswith("First answer, on 4 images: tome 0.")
     assert "points of cosine (95% CI" in answer
+
+
+def test_minutes_bound_the_number_of_images(model, head, monkeypatch):
+    monkeypatch.setattr(run, "PORTIONS", (8, 16))
+    announced = []
+    options = {"task": head, "strategies": ("tome",), "tolerance": 0.9, "time": False}
+    short = calibrate(model, minutes=1e-9, announce=announced.append, **options)
+    assert sum(short.counts.values()) == pytest.approx(8, abs=4)  # of each class its share
+    assert announced == [f"About 8 of {head.count} images, for 1e-09 minutes."]
+    assert sum(calibrate(model, minutes=1e9, **options).counts.values()) == head.count
 
 
 def test_a_second_run_computes_no_outputs(model, head, tmp_path, monkeypatch):

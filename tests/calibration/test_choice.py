@@ -44,6 +44,17 @@ def test_halves_have_the_same_shares_of_each_group():
     assert len(parts.chosen_on) == 167
 
 
+def test_a_share_has_its_part_of_each_group_and_is_in_every_larger_one():
+    groups = np.repeat([0, 1, 2], [100, 40, 6])
+    quarter, half = (
+        {i for part in split(146, groups, seed=0, share=s) for i in part} for s in (0.25, 0.5)
+    )
+    assert np.bincount(groups[sorted(quarter)]).tolist() == [25, 10, 2]
+    assert quarter < half
+    least = split(146, groups, seed=0, share=0.25, least=20)
+    assert np.bincount(groups[[i for part in least for i in part]]).tolist() == [25, 20, 6]
+
+
 def test_a_split_is_drawn_by_its_seed():
     assert split(50, None, seed=1) == split(50, None, seed=1) != split(50, None, seed=2)
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +118,7 @@ def test_a_function_of_the_user_judges(made, tmp_path, capsys):
         (["--task", "cosine", "--labels", "folders"], "--labels: expected none with --task"),
         (["--labels", "{bad}"], "--labels: expected a class of the head, got 'dgo'; did you mean"),
         (["--labels", "{few}"], "--labels: expected a line image,label for each image"),
+        (["--labels", "{wrong}"], "--labels: expected classes that the head tells apart, got"),
         (["--labels", "no.csv"], "--labels: expected 'folders' or a CSV file"),
         (["--task", "no.py:f"], "--task: expected FILE.py:function with a Python file"),
         (["--compare", "evti 0.7"], "--compare: expected NAME .* did you mean 'evit'"),
@@ -130,8 +133,10 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     photos = made / "photos"
     names = [path.relative_to(photos).as_posix() for path in photos.rglob("*.*")]
-    rows = [f"{name},{name.partition('/')[0]}" for name in names]
-    files = {"bad": [f"{names[0]},dgo", *rows[1:]], "few": rows[1:]}
+    labelled = [(name, name.partition("/")[0]) for name in names]
+    rows = [",".join(row) for row in labelled]
+    wrong = [f"{name},{NAMES[5 - NAMES.index(of.replace('_', ' '))]}" for name, of in labelled]
+    files = {"bad": [f"{names[0]},dgo", *rows[1:]], "few": rows[1:], "wrong": wrong}
     for file, lines in files.items():
         (tmp_path / f"{file}.csv").write_text("\n".join(lines))
     paths = {file: tmp_path / f"{file}.csv" for file in files}
@@ -139,4 +144,13 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert elip(*arguments(made, *options)) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert re.search(message, line)
-    assert {path.name for path in tmp_path.iterdir()} == {"bad.csv", "few.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{file}.csv" for file in files}
+
+
+def test_an_empty_folder_of_a_class_is_refused(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "photos", "photos")
+    Path("photos", "yak").mkdir()
+    assert elip("calibrate", f"timm:local-dir:{made / 'vit'}", "photos", "--labels", "folders") == 2
+    assert "got none in photos/yak" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]

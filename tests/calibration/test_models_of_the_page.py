@@ -96,11 +96,14 @@ def open_clip_clip(folder):
     name = f"local-dir:{folder}"
     model, _, transform = open_clip.create_model_and_transforms(name)
     tokenizer = open_clip.get_tokenizer(name)
-    classes = open_clip.build_zero_shot_classifier(
-        model.eval(), tokenizer, NAMES, prompt_templates()
-    )
+    model.eval()
 
-    def own(images):
+    def own(images, texts=None):
+        if texts is None:
+            options = NAMES, prompt_templates()
+            classes = open_clip.build_zero_shot_classifier(model, tokenizer, *options)
+        else:
+            classes = F.normalize(model.encode_text(tokenizer(texts)), dim=-1).T
         features = model.encode_image(torch.stack([transform(image) for image in images]))
         return F.normalize(features, dim=-1) @ classes
 
@@ -127,13 +130,19 @@ def siglip(folder):
     processor.save_pretrained(folder)
     options = {"padding": "max_length", "max_length": 16, "truncation": True}
 
-    def own(images):
-        texts = [[template(name) for template in prompt_templates()] for name in NAMES]
-        ids = [processor(text=of_class, **options, return_tensors="pt") for of_class in texts]
-        rows = [F.normalize(model.get_text_features(**x).pooler_output, dim=-1) for x in ids]
-        classes = F.normalize(torch.stack([row.mean(0) for row in rows]), dim=-1)
+    def own(images, classes=None):
+        if classes is None:
+            texts = [[template(name) for template in prompt_templates()] for name in NAMES]
+            classes = torch.stack([embedded(of_class).mean(0) for of_class in texts])
+        else:
+            classes = embedded(classes)
         pixels = processor(images=images, return_tensors="pt")
-        return F.normalize(model.get_image_features(**pixels).pooler_output, dim=-1) @ classes.T
+        features = F.normalize(model.get_image_features(**pixels).pooler_output, dim=-1)
+        return features @ F.normalize(classes, dim=-1).T
+
+    def embedded(texts):
+        ids = processor(text=texts, **options, return_tensors="pt")
+        return F.normalize(model.get_text_features(**ids).pooler_output, dim=-1)
 
     return own
 
@@ -173,9 +182,32 @@ def test_the_dense_outputs_are_those_of_the_library(make, data, tmp_path):
     is_segmenter = name == "segmentation"
     photos = data / ("squares" if is_segmenter else "photos")
     labels, masks = (None, data / "masks") if is_segmenter else ("folders", None)
+    source = Source(photos, labels, None, masks, None)
+    _, got, images = reduced_by_nothing(f"{spec}{tmp_path / 'model'}", source, name)
+    torch.testing.assert_close(got, own(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [open_clip_clip, siglip], ids=lambda make: make.__name__)
+@torch.no_grad()
+def test_captions_are_compared_with_images_as_the_library_does(make, data, tmp_path):
+    torch.manual_seed(0)
+    own = make(tmp_path / "model")
+    captions, photos = tmp_path / "captions.csv", data / "photos"
+    names = [path.relative_to(photos).as_posix() for path in sorted(photos.rglob("*.png"))]
+    captions.write_text("\n".join(f"{name},the {name[:3]} of {i}" for i, name in enumerate(names)))
+    source = Source(photos, None, captions, None, None)
+    spec = f"{CASES[make][0]}{tmp_path / 'model'}"
+    task, got, images = reduced_by_nothing(spec, source, "retrieval")
+    expected = own(images, [f"the {name[:3]} of {i}" for i, name in enumerate(names)])
+    torch.testing.assert_close(got @ task.of_texts.T, expected, rtol=1e-4, atol=1e-4)
+
+
+def reduced_by_nothing(spec, source, name):
+    """Return the task that the command makes of files, what its model returns, and the files."""
     prepared = prepare(
-        Opening(f"{spec}{tmp_path / 'model'}", True, "cpu"),
-        Source(photos, labels, None, masks, None),
+        Opening(spec, True, "cpu"),
+        source,
         name,
         count=None,
         seed=0,
@@ -184,7 +216,6 @@ def test_the_dense_outputs_are_those_of_the_library(make, data, tmp_path):
         console=Console(quiet=True),
     )
     task = prepared.task
-    images = [Image.open(photos / file).convert("RGB") for file in prepared.names]
+    images = [Image.open(source.images / file).convert("RGB") for file in prepared.names]
     reduced = elip_models.reduce_(prepared.model, "merge", keep=1.0)
-    got = task.forward(reduced, task.pixels(reduced, range(N)))
-    torch.testing.assert_close(got, own(images), rtol=1e-4, atol=1e-4)
+    return task, task.forward(reduced, task.pixels(reduced, range(N))), images

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import elip_models
-from elip_models import reduce_
+from elip_models import ToMe, reduce_
 from tests.helpers.models import PAIRS, ROTARY, TOWERS, WITHOUT_CLS, output
 from tests.helpers.own_warnings import UNGUIDED
 from tests.helpers.tiers import slow_except, tiered
@@ -64,6 +64,24 @@ def test_a_grid_has_the_tokens_of_the_plain_forward(strategy):
             assert places <= rows | zeros
             assert len(places - zeros) >= len(rows)
             assert grid[b, 0].equal(tokens[b, 0])
+
+
+def test_patches_that_do_not_merge_are_exact_and_merged_ones_share_a_token():
+    """The last block merges between its attention, which is dense, and its MLP."""
+    model, x = plain_vit().double().eval(), images().double()
+    _, dense = layers(model, x)
+    reduce_(model, ToMe((0, 0, 0, 0, 0, 9)))
+    with elip_models.record_stages(model) as infos:
+        _, grids = layers(model, x)
+    slots, sizes = infos[-1].reduction.slots.long(), infos[-1].sizes
+    is_alone = sizes.gather(1, slots) == 1
+    assert is_alone.sum(1).lt(28).all() and is_alone[:, 0].all()
+    for grid, expected in zip(grids[:5], dense[:5], strict=True):
+        assert torch.equal(grid, expected)
+    torch.testing.assert_close(grids[5][is_alone], dense[5][is_alone], atol=1e-12, rtol=1e-12)
+    for grid, rows in zip(grids[5], slots, strict=True):
+        for row in rows.unique():
+            assert (grid[rows == row] == grid[rows == row][0]).all()
 
 
 @pytest.mark.parametrize("name", [*TIMM, *tiered(list(ROTARY), ["EVA-02 tiny"])])

@@ -270,6 +270,7 @@ TABLE |= {
         | {name: [-1, 0.5, None] for name in ("distill", "seed")}
         | {
             "tolerance": [None, 0, -1, "0.1", 1.5],
+            "minutes": [None, -1, "5", torch.nan],
             "labels": [3, [0, 1], torch.zeros(8, dtype=torch.long), torch.arange(7)],
             "task": ["cosin", 3, lambda *_: 0.1, lambda *_: torch.full((4,), torch.nan)],
             "strategies": ["tome", [3]],

@@ -7,6 +7,7 @@ import torch
 
 import elip_kernels.ops.bipartite as bipartite
 from elip_kernels.info import source_matrix
+from elip_models.strategies.nearness import patch_places, with_nearness
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = float("nan"), float("inf")
@@ -59,6 +60,14 @@ def check(launches, tokens, metric, r, size=None, num_prefix_tokens=1, penalty=N
 def test_kernel_agrees_with_fp64(launches, N, r, dtype):
     tokens, metric, size = inputs(2, N, dtype=dtype)
     check(launches, tokens, metric, r, size, num_prefix_tokens=int(N > 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_places_beside_features_match_as_in_fp64(launches, dtype):
+    """The metric of ToMe with `reach` is fp32, also beside tokens of bf16."""
+    tokens, metric, size = inputs(2, 36, dtype=dtype)
+    places = patch_places((5, 7), 1, metric).expand(2, -1, -1)
+    check(launches, tokens, with_nearness(metric, places, (5, 7), 2.0), 12, size)
 
 
 def test_ties_go_to_the_lower_index(launches):
