@@ -53,7 +53,21 @@ def largest(scores: Tensor, count: int) -> Tensor:
     """Return positions (B, count) of the largest scores (B, N), descending; ties: lower first."""
     if exports_onnx():  # no stable sort, but TopK breaks ties the same way
         return scores.topk(count, dim=1).indices
+    if torch.compiler.is_exporting():  # a program, from which an ONNX graph can be made
+        return largest_by_rank(scores, count)
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def largest_by_rank(scores: Tensor, count: int) -> Tensor:
+    """Return the positions of `largest` without a stable sort: of integers that are all different.
+
+    Equal scores have the same rank, and then their position decides.
+    """
+    N = scores.shape[1]
+    values, order = scores.topk(N, dim=1)
+    rank = F.pad(values[:, 1:] != values[:, :-1], (1, 0)).cumsum(1)
+    key = torch.zeros_like(order).scatter(1, order, rank * N)
+    return (key + torch.arange(N, device=scores.device)).topk(count, dim=1, largest=False).indices
 
 
 def flat_rows(rows: Tensor, N: int) -> Tensor:
@@ -73,7 +87,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """Return (B, G, D): weighted sums over rows (B, G, M) of x, in the dtype of `weight`."""
     (B, N, D), (_, G, M) = x.shape, rows.shape
-    if exports_onnx() or is_differentiated(x, weight):  # embedding_bag is unsupported, or slow
+    if torch.compiler.is_exporting() or is_differentiated(x, weight):  # embedding_bag is slow
         sources = take_rows(x.to(weight.dtype), rows.reshape(B, G * M)).view(B, G, M, D)
         return (weight[:, :, None] @ sources)[:, :, 0].to(x.dtype)
     sums = F.embedding_bag(
@@ -88,11 +102,11 @@ def sum_rows(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 def sums_by(rows: Tensor, values: Tensor, count: int) -> Tensor:
     """Return (count, D): values (M, D) summed by row (M,).
 
-    CUDA sorts, for a fixed order. ONNX scatters elements: onnxruntime adds rows (`ScatterND`) in
-    several threads without a lock, and loses some.
+    CUDA sorts, for a fixed order. An exported graph scatters elements: onnxruntime adds rows
+    (`ScatterND`) in several threads without a lock, and loses some.
     """
     sums = values.new_zeros(count, values.shape[1])
-    if exports_onnx():
+    if torch.compiler.is_exporting():
         return sums.scatter_add_(0, rows.long()[:, None].expand_as(values), values)
     if values.is_cuda:
         return sums.index_put_((rows.long(),), values, accumulate=True)

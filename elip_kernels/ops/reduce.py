@@ -20,7 +20,7 @@ from torch import Tensor
 
 from elip_kernels import launch
 from elip_kernels._example import Arguments, Sizes, example_of
-from elip_kernels._operator import Operator, exports_onnx
+from elip_kernels._operator import Operator
 from elip_kernels._triton import tl, triton, wrap_triton
 from elip_kernels._validate import check_flags, reduce_arguments
 from elip_kernels.info import ReductionInfo
@@ -140,7 +140,8 @@ def reduce_reference(
         weight = scores.gather(1, dropped - num_prefix_tokens).nan_to_num(0.0, 0.0, 0.0)
         if mask is not None:
             weight = weight * mask.gather(1, dropped)
-        scale = 1.0 if exports_onnx() else SUM_SCALE  # ONNX export drops + 1e-8 and below
+        is_exported = torch.compiler.is_exporting()  # ONNX export drops + 1e-8 and below
+        scale = 1.0 if is_exported else SUM_SCALE
         total = (weight * scale).sum(1, keepdim=True) + LEAST_SUM * scale
         weight = weight / total * scale
         weights = weights.scatter(1, dropped, weight)

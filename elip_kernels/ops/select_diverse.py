@@ -4,11 +4,13 @@
     s_1  = arg min_n max_{m != n} c_mn, the token whose nearest other token is farthest, or given
     s_t  = arg min_n max_{i < t} c_n,s_i over the tokens that are not selected  (B, K) int64
 
-Ties go to the lower index. A token without direction (zero, or not finite) comes after all others,
-padding comes last, and no distance to either counts. The cosines are computed once, in
-tiles; the selection of an image is one program that reads a row of them per token. No atomics are
-used and the tiles of an image do not depend on the batch, so results are bitwise reproducible.
-Products and cosines are fp32 (fp64 for fp64 tokens). There is no gradient: positions are integers.
+Of the tokens whose key is within TIE of the smallest, the lowest index is selected, so that
+rounding does not select between equal tokens. A token without direction (zero, or not finite)
+comes after all others, padding comes last, and no distance to either counts. The cosines are
+computed once, in tiles; the selection of an image is one program that reads a row of them per
+token. No atomics are used and the tiles of an image do not depend on the batch, so results are
+bitwise reproducible. Products and cosines are fp32 (fp64 for fp64 tokens). There is no gradient:
+positions are integers.
 Source: DivPrune (arXiv 2503.02175), from the paper.
 """
 
@@ -35,6 +37,9 @@ from elip_kernels._validate import (
 from elip_kernels.ops.bipartite import unit_rows
 from elip_kernels.ops.bipartite_kernels import SMALLEST_SQUARE, inverse_norm, tile_products
 
+TIE = 1e-5
+"""Cosines that differ by at most this are a tie. Rounding of a cosine in fp32 is below 1e-6."""
+TIED = tl.constexpr(TIE)
 # Keys in place of a cosine, which is at most 1. The token with the smallest key is selected.
 KEYS = (-2.0, 2.0, 3.0, 4.0, 5.0)
 NO_COSINE_KEY, NO_DIRECTION_KEY, PADDING_KEY, SELECTED_KEY, BEYOND_KEY = KEYS
@@ -52,7 +57,8 @@ def select_diverse(
     """Return the positions of `keep` tokens that differ most from each other (DivPrune).
 
     The first token is the one whose most similar other token is least similar. Each further token
-    has the smallest largest cosine with the selected ones. Example::
+    has the smallest largest cosine with the selected ones. Cosines within 1e-5 of the best one are
+    a tie, which goes to the lower index. Example::
 
         kept = elip_kernels.select_diverse(tokens, 0.25)  # (B, 576, D) -> (B, 144)
         tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
@@ -111,6 +117,16 @@ def in_image_order(order: Tensor, mask: Tensor | None) -> Tensor:
     return (order + N * ~mask.gather(1, order)).sort(1).values % N
 
 
+def first_true(is_best: Tensor) -> Tensor:
+    """Return the position (B,) of the first true value of each row (B, N)."""
+    return is_best.int().argmax(1)
+
+
+def first_smallest(key: Tensor) -> Tensor:
+    """Return the lowest position (B,) whose key (B, N) is within TIE of the smallest."""
+    return first_true(key <= key.amin(1, keepdim=True) + TIE)
+
+
 def diverse_reference(
     tokens: Tensor, real: Tensor | None, first: Tensor | None, keep: int
 ) -> Tensor:
@@ -125,13 +141,13 @@ def diverse_reference(
     cosine = torch.where(cosine.isnan(), level[:, None], cosine.clamp(max=1.0))  # (B, N, N)
     is_own = torch.eye(N, dtype=torch.bool, device=tokens.device)
     if first is None:
-        first = cosine.masked_fill_(is_own, NO_COSINE_KEY).amax(1).argmin(1)
+        first = first_smallest(cosine.masked_fill_(is_own, NO_COSINE_KEY).amax(1))
     cosine = cosine.masked_fill_(is_own, SELECTED_KEY)
     order, key = [first.clamp(0, N - 1)], level.new_full((), NO_COSINE_KEY)
     rows, start = cosine.view(B * N, N), torch.arange(0, B * N, N, device=tokens.device)
     for _ in range(1, keep):
         key = torch.maximum(key, rows.index_select(0, order[-1] + start))
-        order.append(key.argmin(1))
+        order.append(first_smallest(key))
     return torch.stack(order, 1)
 
 
@@ -183,6 +199,12 @@ def load_level(cosine_ptr, real_ptr, first, offs_n, N, HAS_MASK: tl.constexpr):
     return tl.where(mask_n, level, BEYOND)
 
 
+@triton.jit
+def lowest_offset(is_best, offs_n):
+    """Return the lowest offset whose flag [BLOCK_N] is true."""
+    return tl.min(tl.where(is_best, offs_n, offs_n.shape[0]), 0)
+
+
 @triton.jit(do_not_specialize=["N", "K", "T"])
 def _diverse_kernel(
     cosine_ptr, nearest_ptr, first_ptr, real_ptr, order_ptr, stride_rb, N, K, T,
@@ -206,14 +228,14 @@ def _diverse_kernel(
                 other=NO_COSINE,
             )  # [BLOCK_T, BLOCK_N]
             key = tl.maximum(key, tl.max(parts, 0))
-        last = tl.argmin(key, 0)
+        last = lowest_offset(key <= tl.min(key, 0) + TIED, offs_n)
     tl.store(order_ptr + pid_b * K, last.to(tl.int64))
     key = level
     for t in range(1, K):
         row = tl.load(cosine_ptr + last * N + offs_n, mask=mask_n, other=0.0)
         row = tl.where(row == row, tl.minimum(row, 1.0), NO_COSINE)
         key = tl.where(offs_n == last, SELECTED, tl.maximum(key, row))
-        last = tl.argmin(key, 0)
+        last = lowest_offset(key <= tl.min(key, 0) + TIED, offs_n)
         tl.store(order_ptr + pid_b * K + t, last.to(tl.int64))
 
 

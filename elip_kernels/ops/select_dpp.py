@@ -11,11 +11,12 @@ token:
     r_n <- r_n - e_n^2
 
 A token with r_n <= SPANNED is nearly a combination of the selected ones: its gain counts as 0. So
-does that of a token without direction (zero, or not finite), or with NaN as relevance. Ties go to
-the lower index, and padding comes last. The cosines are computed once, in tiles; the selection of
-an image is one program. No atomics are used and the tiles of an image do not depend on the batch,
-so results are bitwise reproducible. Sums are fp32 (fp64 for fp64 inputs). There is no gradient:
-positions are integers.
+does that of a token without direction (zero, or not finite), or with NaN as relevance. Of the
+tokens whose gain, with r_n + TIE in place of r_n, reaches the largest gain, the lowest index is
+selected, so that rounding does not select between equal tokens. Padding comes last. The cosines
+are computed once, in tiles; the selection of an image is one program. No atomics are used and the
+tiles of an image do not depend on the batch, so results are bitwise reproducible. Sums are fp32
+(fp64 for fp64 inputs). There is no gradient: positions are integers.
 Source: CDPruner (arXiv 2506.10967).
 """
 
@@ -35,10 +36,14 @@ from elip_kernels.ops.select_diverse import (
     PADDING_KEY,
     SELECTED,
     SELECTED_KEY,
+    TIE,
+    TIED,
     check_selection,
+    first_true,
     in_image_order,
     launch_cosines,
     load_level,
+    lowest_offset,
     separated_tokens,
 )
 
@@ -65,7 +70,9 @@ def select_dpp(
     In `selection_order` the first k positions are those of `keep=k`, so one call with the largest
     count selects for images that keep different counts. Without relevance all tokens have the same
     gain at first, so the first one is token 0. When no token increases the determinant any more,
-    the rest is filled in image order. Source: CDPruner (arXiv 2506.10967).
+    the rest is filled in image order. Tokens are a tie, which goes to the lower index, if a change
+    of 1e-5 in r, the share of a token outside of the selected ones, would make their gains equal.
+    Source: CDPruner (arXiv 2506.10967).
 
     Args:
         tokens: (B, N, D), all of them candidates; fp32, bf16, fp16 or fp64.
@@ -109,8 +116,11 @@ def dpp_reference(
     rows, start = cosine.view(B * N, N), torch.arange(0, B * N, N, device=tokens.device)
     factor, order = cosine.new_zeros(B, keep, N), []
     for t in range(keep):
-        gain = torch.where(rest > LEAST_REST, weight * (rest / whole).sqrt(), least)
-        best = gain.argmax(1, keepdim=True)
+        gain, most = (
+            torch.where(rest > LEAST_REST, weight * (share / whole).sqrt(), least)
+            for share in (rest, rest + TIE)
+        )
+        best = first_true(most >= gain.amax(1, keepdim=True))[:, None]
         order.append(best)
         column = rows.index_select(0, best[:, 0] + start)
         if t > 0:
@@ -146,8 +156,10 @@ def _dpp_kernel(
         weight = tl.where(weight == weight, weight, 0.0)
     least = tl.where(level >= PADDING, -level, 0.0)
     for t in range(0, K):
-        gain = tl.where(rest > SPANNED, weight * tl.sqrt(tl.maximum(rest / whole, 0.0)), least)
-        best = tl.argmax(gain, 0)
+        share = tl.maximum(rest, 0.0)
+        gain = tl.where(rest > SPANNED, weight * tl.sqrt(share / whole), least)
+        most = tl.where(rest > SPANNED, weight * tl.sqrt((share + TIED) / whole), least)
+        best = lowest_offset(most >= tl.max(gain, 0), offs_n)
         tl.store(order_ptr + pid_b * K + t, best.to(tl.int64))
         row = tl.load(cosine_ptr + best * N + offs_n, mask=mask_n, other=0.0)
         explained = tl.zeros([BLOCK_N], tl.float32)

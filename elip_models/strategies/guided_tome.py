@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elip_kernels.ops.gather_ops import largest
 from elip_models.strategies.elip import ELIP, Guided, query_of
-from elip_models.strategies.strategy import Context
+from elip_models.strategies.strategy import Context, refuse_symbols
 from elip_models.strategies.tome import ToMe
 from elip_models.towers import Tower, TowerSize
 from elip_models.towers.base import scoring_context
@@ -63,6 +63,7 @@ class GuidedToMe(Guided, ToMe):
             cls = query_of(tower, tokens, context.text_cls, self).fused()
             row = tower.cls_attention(i, tokens, cls, mask=mask)
             patches = row[:, p:]
+            refuse_symbols(patches.shape[1:], self.name)
             count = floor(self.protect * patches.shape[1])
             protected = largest(patches, count) + p
             least = torch.finfo(row.dtype).tiny

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from elip_models.strategies.flops import at_flops
 from elip_models.strategies.schedule import Stage
-from elip_models.strategies.strategy import Strategy, TokenCounts, tower_of
+from elip_models.strategies.strategy import Strategy, TokenCounts, refuse_symbols, tower_of
 from elip_models.towers import Tower, TowerSize
 from elip_models.validation import PositiveInt, check_fields
 
@@ -56,6 +56,7 @@ class ImageResize(Strategy):
 
     def resize(self, tower: Tower, images: Tensor) -> Tensor:
         """Return images (B, 3, H, W) resized to (B, 3, h, w)."""
+        refuse_symbols(images.shape[2:], self.name)
         return resized_images(images, self.with_rate(tower.size).size, tower.size.patch)
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:

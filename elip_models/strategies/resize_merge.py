@@ -15,7 +15,7 @@ from torch import Tensor
 from elip_models.strategies.flops import TokenCounts
 from elip_models.strategies.resize import resized_images, resized_size
 from elip_models.strategies.schedule import Stage
-from elip_models.strategies.strategy import Strategy, least_share
+from elip_models.strategies.strategy import Strategy, least_share, refuse_symbols
 from elip_models.strategies.token_merging import TokenMerging
 from elip_models.towers import Tower, TowerSize
 from elip_models.validation import PositiveInt
@@ -48,6 +48,7 @@ class ResizeMerge(TokenMerging):
 
     def resize(self, tower: Tower, images: Tensor) -> Tensor:
         """Return images (B, 3, H, W) resized to (B, 3, h, w)."""
+        refuse_symbols(images.shape[2:], self.name)
         height, image = self._height(tower.size), tuple(images.shape[2:])
         if height is None and image == tower.size.image:
             return images

@@ -5,10 +5,11 @@ before a block, which then runs unchanged, or replaces the block, because it act
 attention and its MLP. The engine (`engine/forward_state.py`) depends on this interface alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from elip_kernels import BipartiteInfo, ReductionInfo
@@ -258,6 +259,15 @@ def counts_of(size: TowerSize, left: Callable[[int, int], int]) -> tuple[TokenCo
         layers.append(TokenCounts(tokens, left(i, tokens)))
         tokens = layers[-1].mlp
     return tuple(layers)
+
+
+def refuse_symbols(sizes: Iterable[int], name: str) -> None:
+    """Raise ValueError if an exported graph has a symbol in place of one of these image sizes."""
+    if torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) for n in sizes):
+        raise ValueError(
+            f"dynamic_shapes: expected one image size in an exported graph with {name!r}, got any "
+            "size; export a graph for each size, or use another strategy, such as 'merge'"
+        )
 
 
 def least_share(size: TowerSize) -> float:

@@ -82,6 +82,17 @@ def test_a_file_for_any_image_size_merges_a_share_of_each_size():
 
 
 @pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["tome", "evit", "elip"])
+def test_an_exported_program_becomes_a_file_for_any_batch(strategy):
+    model = elip_models.reduce_(plain_vit().eval(), strategy, keep=0.6)
+    program = torch.export.export(model, (images(),), dynamic_shapes=({0: BATCH},))
+    graph = exported(program, ())
+    for batch in (1, 5):
+        assert_runs_alike(graph, model, images(batch))
+
+
+@pytest.mark.slow
 def test_random_draws_in_every_run_and_keeps_what_it_drew(monkeypatch):
     """The graph draws random numbers; the same numbers give the same result in both."""
     model = elip_models.reduce_(plain_vit().eval(), strategy=RandomPruning(SCHEDULE))

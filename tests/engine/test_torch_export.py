@@ -182,3 +182,14 @@ def test_a_program_for_any_size_merges_a_share_of_each_size(strategy):
     for height in (96, 320):
         images = torch.rand(1, 3, height, 224)
         torch.testing.assert_close(program.module()(images), model(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["resize", "resize_merge", "guided_tome"])
+def test_a_strategy_that_needs_one_image_size_refuses_a_program_for_any(strategy):
+    options = {"depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **options).eval()
+    elip_models.reduce_(model, strategy, keep=0.7)
+    sizes = {2: 16 * torch.export.Dim("rows", min=4, max=40)}
+    with pytest.raises(ValueError, match=f"dynamic_shapes: expected one image .* '{strategy}'"):
+        torch.export.export(model, (torch.rand(1, 3, 224, 224),), dynamic_shapes=(sizes,))

@@ -106,6 +106,16 @@ def test_selects_as_pytorch_where_products_are_exact(launches, select):
         assert torch.equal(got, exact)
 
 
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_rounding_does_not_select_between_equal_tokens(launches, select):
+    tokens, noise = torch.randn(2, 20, 40), 1e-6 * torch.randn(2, 2, 20, 40)
+    for k in range(2):
+        twice = torch.cat((tokens + noise[k], tokens + noise[1 - k]), 1)
+        got = by_kernels(select, twice, 40, selection_order=True)
+        assert torch.equal(got, select(twice.double(), 40, selection_order=True))
+        assert got[:, :20].lt(20).all() and got[:, 20:].diff().eq(1).all()
+
+
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
 @pytest.mark.parametrize("select", SELECTIONS)
 def test_tokens_without_direction_follow_the_reference(launches, select, value):

@@ -107,6 +107,34 @@ def test_ties_go_to_the_lower_index(select, dtype):
     assert select(tokens, 9, **by_step).tolist() == [[0, 2, 4, 6, 1, 3, 5, 7, 8]]
 
 
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_rounding_does_not_select_between_equal_tokens(select):
+    tokens, noise = torch.randn(B, N, 2 * N), 1e-6 * torch.randn(2, B, N, 2 * N)
+    options = [{}, {}]
+    if select is select_dpp:
+        relevance = (torch.rand(B, N) + 0.05).repeat(1, 2)
+        options = [{"relevance": relevance * (1 + 1e-6 * torch.rand(B, 2 * N))} for _ in range(2)]
+    for many in (N, 2 * N):
+        one, other = (
+            select(
+                torch.cat((tokens + noise[k], tokens + noise[1 - k]), 1),
+                many,
+                **by_step,
+                **options[k],
+            )
+            for k in range(2)
+        )
+        assert torch.equal(one, other)
+        assert set(one[:, :N].flatten().tolist()) == set(range(N))  # the lower index of two
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_tokens_that_differ_more_than_rounding_are_no_tie(select):
+    angle = torch.tensor([0.0, 0.1, 0.101])
+    tokens = torch.stack((angle.cos(), angle.sin()), 1)[None]
+    assert select(tokens, 2, **by_step).tolist() == [[0, 2]]
+
+
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, 1e-30])
 @pytest.mark.parametrize("select", SELECTIONS)
 def test_tokens_without_direction_come_last(select, value):

@@ -44,9 +44,7 @@ def why_unsupported(model, strategy):
 
 def pairs(name, model):
     """Return each pair of a strategy before the language model and one inside it."""
-    front = FRONT + (OF_PATCHES if name == "llava" else ())
-    if "newline" not in "".join(model.state_dict()):  # lines end with the same token: ties
-        front += BY_SIMILARITY
+    front = FRONT + (OF_PATCHES if name == "llava" else ()) + BY_SIMILARITY
     both = ([strategy for strategy in pair if strategy] for pair in product(front, INSIDE))
     return [pair for pair in both if not any(why_unsupported(model, one) for one in pair)]
 

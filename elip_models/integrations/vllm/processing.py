@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Any, ClassVar
 
 from elip_models.integrations.vllm.settings import serving_strategy
@@ -14,6 +15,7 @@ with require_extra("elip_models.integrations.vllm"):
     from vllm.multimodal.processing import (
         BaseMultiModalProcessor,
         BaseProcessingInfo,
+        ProcessorInputs,
         PromptReplacement,
         PromptUpdate,
         PromptUpdateDetails,
@@ -55,6 +57,15 @@ class ReducedInfo(BaseProcessingInfo):
 
 class ReducedProcessor(BaseMultiModalProcessor):
     """The processor of prompts. Mix it into the processor of a family."""
+
+    def apply(self, inputs: ProcessorInputs, *args: Any) -> Any:
+        """Process a request. vLLM's cache keys are its `multi_modal_uuids`; add the settings."""
+        settings = sha256(repr(self.info.strategy).encode()).hexdigest()[:16]
+        uuids = {
+            modality: [uuid and f"{uuid}-{settings}" for uuid in items]
+            for modality, items in (inputs.mm_uuid_items or {}).items()
+        }
+        return super().apply(replace(inputs, mm_uuid_items=uuids), *args)
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any

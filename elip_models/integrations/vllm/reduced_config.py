@@ -15,6 +15,8 @@ with require_extra("elip_models.integrations.vllm"):
 EXAMPLE = 576
 """The tokens of the image in the log: a square, as `pool` needs."""
 WHOLE = """pass --hf-overrides '{"elip": null}' to serve it with every token"""
+DRAFTS_WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")
+"""The methods of speculative decoding that read tokens alone."""
 logger = init_logger(f"vllm.{__name__}")  # vLLM prints messages of its child loggers
 
 
@@ -86,6 +88,13 @@ def _refused(vllm_config: Any, has_mrope: bool) -> Iterator[tuple[str, str]]:
             "--pipeline-parallel-size",
             "since later stages do not receive positions of image tokens; use "
             "--tensor-parallel-size",
+        )
+    drafts = vllm_config.speculative_config
+    if has_mrope and drafts is not None and drafts.method not in DRAFTS_WITHOUT_A_MODEL:
+        yield (
+            "--speculative-config",
+            "since a draft model would read positions of image tokens as embeddings; use a method "
+            f"without one: {', '.join(DRAFTS_WITHOUT_A_MODEL)}",
         )
     if has_mrope and parallel.use_ubatching:
         yield "--enable-dbo", "since a step has one buffer for positions; leave it out"

@@ -23,11 +23,13 @@ SEAMS = (
     "vllm.model_executor.models.interfaces:SupportsMultiModal.embed_multimodal",
     "vllm.multimodal:MULTIMODAL_REGISTRY.register_processor",
     "vllm.multimodal.processing:BaseMultiModalProcessor._get_prompt_updates",
+    "vllm.multimodal.processing:BaseMultiModalProcessor.apply",
     "vllm.multimodal.processing:BaseProcessingInfo.allowed_mm_limits",
     "vllm.multimodal.processing:BaseProcessingInfo.get_hf_config",
     "vllm.multimodal.processing:BaseProcessingInfo.get_mm_max_tokens_per_item",
     "vllm.multimodal.processing:BaseProcessingInfo.get_supported_mm_limits",
     "vllm.multimodal.processing:BaseProcessingInfo.model_id",
+    "vllm.multimodal.processing:ProcessorInputs",
     "vllm.multimodal.processing:PromptReplacement",
     "vllm.multimodal.processing:PromptUpdateDetails.from_seq",
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elip_kernels import select_diverse
+from elip_kernels.ops.select_diverse import first_smallest
 from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 
 
@@ -36,7 +37,7 @@ class Diverse(ImageTokenStrategy):
         """Select one token after the other."""
         question, first = context.question, None
         if question is not None:
-            first = similarity(tokens, question).argmax(1)
+            first = first_smallest(-similarity(tokens, question))
         return select_diverse(tokens, count, first=first, selection_order=True)
 
     def flops(self, length: int, width: int) -> int:

@@ -49,6 +49,21 @@ def test_settings_and_options_that_do_not_fit_are_refused(tmp_path, settings, op
         configure(tmp_path, settings, **options)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+def test_a_draft_model_is_refused_where_positions_travel_with_features(tmp_path, family):
+    save_config(family, tmp_path)
+    draft = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 2}
+    ngram = {"method": "ngram", "prompt_lookup_max": 2, "num_speculative_tokens": 2}
+    assert configure(tmp_path, {"keep": 0.5}, speculative_config=ngram)
+    assert configure(tmp_path, None, speculative_config=draft)
+    if family == "llava":
+        assert configure(tmp_path, {"keep": 0.5}, speculative_config=draft)
+        return
+    message = "--speculative-config: expected it unset .* a method without one: ngram"
+    with pytest.raises(ValueError, match=message):
+        configure(tmp_path, {"keep": 0.5}, speculative_config=draft)
+
+
 SMALL = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 
 

@@ -8,9 +8,10 @@ pytest.importorskip("vllm", reason="needs vLLM: pip install 'elip-kernels[vllm-t
 from elip_models.integrations.vllm import models
 from elip_models.integrations.vllm.families import FAMILIES
 from elip_models.integrations.vllm.positions import grid_offsets
+from elip_models.integrations.vllm.tokens import select_features
 from tests.integrations.vllm.checkpoints import MODELS, save_checkpoint
 from tests.integrations.vllm.engines import engine, generate
-from tests.integrations.vllm.prompts import Reference, clip_request, requests
+from tests.integrations.vllm.prompts import Reference, clip_request, images, request, requests
 
 pytestmark = pytest.mark.slow
 ROUNDING = 2e-5
@@ -50,6 +51,24 @@ def test_reduced_prompts_equal_those_of_transformers(folder):
     assert batch == alone
     with engine(folder, {"keep": 0.25}, max_num_batched_tokens=10, max_num_seqs=4) as llm:
         assert [generate(llm, [prompt])[0] for prompt in prompts] == alone
+
+
+@pytest.mark.parametrize("folder", ["llava_onevision"], indirect=True)
+def test_rounding_does_not_select_among_tokens_that_an_image_of_one_tile_has_twice(
+    folder, monkeypatch
+):
+    def select_rounded(features, *strategy):
+        return select_features(features * (1 + 1e-6 * torch.randn_like(features)), *strategy)
+
+    monkeypatch.setattr(models, "select_features", select_rounded)
+    reference = Reference(folder, "diverse", 0.25)
+    prompts = [
+        request(reference.processor, "what is it?", image.resize((side, side)))
+        for image, side in zip(images(), (112, 112, 90), strict=True)
+    ]
+    with engine(folder, {"keep": 0.25}) as llm:
+        outputs = generate(llm, prompts)
+    assert_equal_to(outputs, map(reference.generate, prompts))
 
 
 def test_every_token_equals_the_stock_model(folder):
