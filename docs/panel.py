@@ -70,7 +70,7 @@ def block(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dict[str, An
         f"{camvid['group']} consecutive frames). `dense@294` is the dense model on images of 294 "
         f"pixels in height instead of 336. Times with whole grids: {times_note(camvid)}.",
         camvid_table(camvid),
-        "Settings against smaller images of about the same time, own heads:",
+        "Settings against smaller images of about the same time, mIoU:",
         camvid_contrasts_table(camvid),
         measured_on(camvid),
         "**Retrieval**, Flickr8k: its "

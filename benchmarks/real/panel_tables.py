@@ -21,8 +21,8 @@ EQUAL_TIME = 0.05
 """Largest difference of the times, relative to dense, of two settings that are contrasted."""
 BATCH, SINGLE = 8, 1
 DISTILLED = {
-    "distilled_resize_merge": "`resize_merge 0.5`, distilled for 500 steps",
-    "distilled_merge": "`merge 0.7`, distilled for 300 steps",
+    "distilled_resize_merge": "`resize_merge 0.5`, distilled",
+    "distilled_resize": "`resize:size=168`, distilled",
 }
 """Folder of a model that `elip distill` wrote, by which results name it: its row in tables."""
 
@@ -219,20 +219,24 @@ def camvid_table(camvid: Document) -> str:
 
 
 def camvid_contrasts_table(camvid: Document) -> str:
-    """Return settings of merging minus smaller images of about the same time, by own heads."""
+    """Return settings minus smaller images of about the same time, by both heads."""
     ratios, totals = times(camvid, BATCH), {e["setting"]: e["totals"] for e in camvid["settings"]}
     smaller = [name for name in totals if name.startswith("dense@")]
     cells = [
         [
             f"{title(name)} − {title(other)}",
             f"{ratios[name].mean:.2f}, {ratios[other].mean:.2f}",
-            points(difference_of_groups(totals[name]["own"], totals[other]["own"])),
+            *(
+                points(difference_of_groups(totals[name][head], totals[other][head]))
+                for head in ("own", "dense")
+            ),
         ]
         for name in totals
         for other in smaller
         if name not in smaller and abs(ratios[name].mean - ratios[other].mean) <= EQUAL_TIME
     ]
-    return table(["contrast", "times", "mIoU"], cells, left=1)
+    header = ["contrast", "times", "own head", "head of dense features"]
+    return table(header, cells, left=1)
 
 
 def retrieval_table(retrieval: Document) -> str:
