@@ -64,11 +64,9 @@ def distilled(panel: dict[str, Any]) -> str:
     """Return what distilling the setting of half the time wins back."""
     means = {row.setting: panel_tables.points(row.mean) for row in panel_tables.rows(panel)}
     return (
-        "**Half of the time** by `resize_merge 0.5` changes "
-        f"{means['resize_merge 0.5']} points; after 500 steps of [`elip distill`]"
-        "(docs/calibrate.md#recover-quality-without-labels) on unlabelled photographs "
-        f"{means['distilled_resize_merge']}. A smaller image of about this "
-        f"time, distilled likewise: {means['distilled_resize']}."
+        "**At half of the time, [distil](docs/calibrate.md#recover-quality-without-labels)**: "
+        f"`resize_merge 0.5` then changes {means['distilled_resize_merge']} points of top-1 "
+        f"instead of {means['resize_merge 0.5']}; a smaller image gains as much."
     )
 
 
@@ -165,9 +163,10 @@ def settings_table(panel: dict[str, Any], camvid: dict[str, Any], retrieval: dic
     header = ["strategy and `keep`", *(f"time, batch {batch}" for batch in BATCHES)]
     header += ["top-1, mean of the sets", "top-1, worst set", "non-inferior on", "mIoU", "R@5"]
     note = (
-        f"*{panel['model'].split(',')[0]}, pretrained, without further training. Points of change "
-        "from the dense model with 95% intervals. Top-1: linear probes, fitted on the features of "
-        f"the reduced model, on {photographs:,} photographs of {len(sets)} sets, of which the "
+        f"*{panel['model'].split(',')[0]}, pretrained. Distilled: 500 steps of `elip distill` on "
+        "unlabelled photographs that were not measured, of five of the sets; the others are not "
+        "trained further. Points of change from the dense model with 95% intervals. Top-1: linear "
+        f"probes, fitted on the features of the reduced model, on {photographs:,} photographs of {len(sets)} sets, of which the "
         "clothes alone had chosen settings before. Non-inferior: the interval ends above "
         f"−{margin:.0f} point. mIoU: a linear head on CamVid, of the setting that is "
         "nearest in time there; patches that `evit` drops are zeros. R@5: "
