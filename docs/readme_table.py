@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.marked_block import Block, run
+from benchmarks.official_tome import OFFICIAL
 from benchmarks.real import panel_tables
 from benchmarks.real.training import DENSE, REDUCED
 from benchmarks.real.training_tables import interval_over_seeds, values_by_seed
@@ -46,6 +47,7 @@ def bullets(results: Path) -> str:
     finetuned, clip = (read_object(results / "real" / f"{name}.json") for name in STUDIES)
     lines = [
         distilled(read_object(results / "real" / "panel.json")),
+        beside_tome(read_object(results / "official_tome.json")),
         single_images(tasks),
         vision_language_models(results),
         training(finetuned, clip),
@@ -67,6 +69,21 @@ def distilled(panel: dict[str, Any]) -> str:
         "**At half of the time, [distil](docs/calibrate.md#recover-quality-without-labels)**: "
         f"`resize_merge 0.5` then changes {means['distilled_resize_merge']} points of top-1 "
         f"instead of {means['resize_merge 0.5']}; a smaller image gains as much."
+    )
+
+
+def beside_tome(document: dict[str, Any]) -> str:
+    """Return how `tome` compares with the official code of ToMe."""
+    (name, found), *_ = document["models"].items()
+    ours = f"tome:r={document['merged_per_block']}"
+    pairs = []
+    for batch in BATCHES:
+        ratios = panel_tables.times(found, batch)
+        pairs.append(f"{ratios[ours].mean:.2f} and {ratios[OFFICIAL].mean:.2f} at batch {batch}")
+    return (
+        f"**Beside ToMe's own code** on a `{name}`, `tome` gives the same outputs (they differ by "
+        f"at most {found['largest_relative_difference']:.0e}). `tome` and that code take, of the "
+        f"dense time, {', '.join(pairs)}."
     )
 
 
