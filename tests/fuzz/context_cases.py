@@ -92,6 +92,7 @@ OTHERS = {
     "launchers_on_cpu": "is for the whole process, in tests",
     "upload_folder": "a process has one page",
     "connected": "a process has one connection to Ray",
+    "_mistakes_undone": "a folder has one run, which locks it",
     "evaluation_model": "a process has one run",
     "expected_warnings_ignored": "a process has one run",
     "in_mode": "a benchmark times one model at a time",
