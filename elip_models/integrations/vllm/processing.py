@@ -19,6 +19,7 @@ with require_extra("elip_models.integrations.vllm"):
         PromptReplacement,
         PromptUpdate,
         PromptUpdateDetails,
+        TimingContext,
     )
 
 
@@ -58,14 +59,14 @@ class ReducedInfo(BaseProcessingInfo):
 class ReducedProcessor(BaseMultiModalProcessor):
     """The processor of prompts. Mix it into the processor of a family."""
 
-    def apply(self, inputs: ProcessorInputs, *args: Any) -> Any:
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
         """Process a request. vLLM's cache keys are its `multi_modal_uuids`; add the settings."""
         settings = sha256(repr(self.info.strategy).encode()).hexdigest()[:16]
         uuids = {
             modality: [uuid and f"{uuid}-{settings}" for uuid in items]
             for modality, items in (inputs.mm_uuid_items or {}).items()
         }
-        return super().apply(replace(inputs, mm_uuid_items=uuids), *args)
+        return super().apply(replace(inputs, mm_uuid_items=uuids), timing_ctx)
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any

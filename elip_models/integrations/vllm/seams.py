@@ -32,6 +32,7 @@ SEAMS = (
     "vllm.multimodal.processing:ProcessorInputs",
     "vllm.multimodal.processing:PromptReplacement",
     "vllm.multimodal.processing:PromptUpdateDetails.from_seq",
+    "vllm.multimodal.processing:TimingContext",
 )
 """Those that every reduced model overrides or calls."""
 
