@@ -68,7 +68,8 @@ def distilled(panel: dict[str, Any]) -> str:
     return (
         "**At half of the time, [distil](docs/calibrate.md#recover-quality-without-labels)**: "
         f"`resize_merge 0.5` then changes {means['distilled_resize_merge']} points of top-1 "
-        f"instead of {means['resize_merge 0.5']}; a smaller image gains as much."
+        f"instead of {means['resize_merge 0.5']}; a smaller image, distilled likewise, does "
+        "not differ significantly."
     )
 
 
