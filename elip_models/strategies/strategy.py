@@ -16,6 +16,7 @@ from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.strategies import flops
 from elip_models.strategies.flops import CostModel, TokenCounts
 from elip_models.strategies.schedule import Schedule, Stage
+from elip_models.strategies.token_assignment import slots_of
 from elip_models.towers import Tower, TowerSize, as_image_text, as_tower
 from elip_models.towers.merge import Merge, check_merge
 
@@ -30,6 +31,8 @@ class StageInfo(NamedTuple):
         sizes: (B, N) the number of patches in each token, if the strategy counts them.
         positions: (B, N-p) the position of each remaining patch token, if the tower needs it.
         places: (B, N, 2) the row and column of each token, if the strategy needs them.
+        apart: (B, N, D) what sets the tokens before the merge apart from theirs after it, see
+            `Context.apart`. Only a step that replaces its block must give it; records have None.
     """
 
     stage: Stage
@@ -38,6 +41,7 @@ class StageInfo(NamedTuple):
     sizes: Tensor | None = None
     positions: Tensor | None = None
     places: Tensor | None = None
+    apart: Tensor | None = None
 
     @property
     def mask(self) -> Tensor | None:
@@ -55,6 +59,7 @@ class Context(NamedTuple):
             recomputed, or of another tower that read the same images.
         mask: (B, N) bool, False for padding; None in a batch without padding.
         keep: (B,) the number of patches that each image of a padded batch keeps, or None.
+        keeps_apart: a block will return all tokens of block 0, see `token_assignment.py`.
     """
 
     text_cls: Tensor | None = None
@@ -62,6 +67,16 @@ class Context(NamedTuple):
     replay: StageInfo | None = None
     mask: Tensor | None = None
     keep: Tensor | None = None
+    keeps_apart: bool = False
+
+    def apart(
+        self, before: Tensor, after: Tensor, reduction: BipartiteInfo | ReductionInfo
+    ) -> Tensor | None:
+        """Return what sets tokens (B, N, D) apart from theirs (B, R, D) after a step.
+
+        None if no block will return all tokens.
+        """
+        return before - slots_of(reduction).unmerged(after) if self.keeps_apart else None
 
 
 class Strategy(CostModel):

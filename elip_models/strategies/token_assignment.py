@@ -1,6 +1,13 @@
-"""The assignment of the tokens of block 0 to the tokens that remain after some steps."""
+"""The assignment of the tokens of block 0 to the tokens that remain after some steps.
 
-from collections.abc import Iterable
+A block that returns all tokens of block 0 gives to each of them, after step s merged x into y,
+
+    x_after = x + (y_after - y) = y_after + (x - y)
+
+that is, a merged token keeps its own values, and changes as the token that it is part of does.
+What sets it apart, x - y, adds up over the steps. A dropped token has y = 0: it keeps its values.
+"""
+
 from typing import NamedTuple
 
 import torch
@@ -17,23 +24,32 @@ class Slots(NamedTuple):
     index: (B, N0) int64, the index of that token; `num_tokens` if it was dropped.
     num_tokens: T, the number of remaining tokens.
     drops: whether tokens may have been dropped.
+    apart: (B, N0, D), what sets each token apart from the token that it is part of; None: nothing.
     """
 
     index: Tensor
     num_tokens: int
     drops: bool
+    apart: Tensor | None = None
 
-    def after(self, reduction: BipartiteInfo | ReductionInfo) -> "Slots":
-        """Return the assignment after one more step."""
+    def after(
+        self, reduction: BipartiteInfo | ReductionInfo, apart: Tensor | None = None
+    ) -> "Slots":
+        """Return the assignment after one more step, with its `apart` (B, T, D)."""
         step = slots_of(reduction)
         index = F.pad(step.index, (0, 1), value=step.num_tokens) if self.drops else step.index
-        return Slots(index.gather(1, self.index), step.num_tokens, self.drops or step.drops)
+        total = self.apart if apart is None else self.unmerged(apart)
+        return Slots(index.gather(1, self.index), step.num_tokens, self.drops or step.drops, total)
 
     def unmerged(self, tokens: Tensor) -> Tensor:
-        """Return for each token of block 0 its token in (B, T, D), or zeros: (B, N0, D)."""
+        """Return for each token of block 0 its token in (B, T, D), or zeros: (B, N0, D).
+
+        What sets it apart is added.
+        """
         if self.drops:
             tokens = F.pad(tokens, (0, 0, 0, 1))
-        return elip_kernels.unmerge(tokens, BipartiteInfo(self.index, tokens.shape[1]))
+        grid = elip_kernels.unmerge(tokens, BipartiteInfo(self.index, tokens.shape[1]))
+        return grid if self.apart is None else grid + self.apart.to(grid.dtype)
 
     def merged(self, grid: Tensor) -> Tensor:
         """Return the tokens (B, T, D) that `unmerged` has spread over `grid` (B, N0, D)."""
@@ -41,15 +57,10 @@ class Slots(NamedTuple):
         positions = torch.arange(N, device=grid.device).expand(B, -1)
         first = positions.new_zeros(B, T + 1)
         first = first.scatter_reduce(1, self.index, positions, "amin", include_self=False)
-        return grid.gather(1, first[:, :T, None].expand(-1, -1, D))
-
-
-def slots_after(reductions: Iterable[BipartiteInfo | ReductionInfo]) -> Slots | None:
-    """Return the assignment after one or more steps; None without a step."""
-    slots = None
-    for reduction in reductions:
-        slots = slots_of(reduction) if slots is None else slots.after(reduction)
-    return slots
+        first = first[:, :T, None].expand(-1, -1, D)
+        if self.apart is None:
+            return grid.gather(1, first)
+        return grid.gather(1, first) - self.apart.gather(1, first).to(grid.dtype)
 
 
 def slots_of(reduction: BipartiteInfo | ReductionInfo) -> Slots:

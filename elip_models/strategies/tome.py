@@ -196,15 +196,15 @@ class ToMe(Strategy):
             penalty = self.penalty(tower, i, tokens, context)
         if context.mask is not None:
             lengths = context.mask.sum(1)
-        tokens, keys = self._attend(tower, i, tokens, context)
-        before, places = sizes, self._places(tower, tokens, context)
+        attended, keys = self._attend(tower, i, tokens, context)
+        before, places = sizes, self._places(tower, attended, context)
         if context.replay is not None:
             match = context.replay.reduction
-            merged, sizes = elip_kernels.apply_merge(tokens, match, size=sizes)
+            merged, sizes = elip_kernels.apply_merge(attended, match, size=sizes)
         else:
             merged, sizes, match = merge_pairs(
-                tokens,
-                self._metric(tower, tokens, keys, places),
+                attended,
+                self._metric(tower, attended, keys, places),
                 r,
                 size=sizes,
                 penalty=penalty,
@@ -212,7 +212,7 @@ class ToMe(Strategy):
                 merges=None if lengths is None else lengths - p - context.keep,
                 num_prefix_tokens=p,
             )
-        tokens = self.scaled(merged, tokens, match, context.mask)
+        tokens = self.scaled(merged, attended, match, context.mask)
         positions = None
         if self.position == "mean":
             positions = tower.mean_positions(match, before, accumulator(tokens))
@@ -220,7 +220,14 @@ class ToMe(Strategy):
             positions = self.merged_positions(tower, match, context.mask)
         if places is not None:
             places = elip_kernels.apply_merge(places, match, size=before)[0]
-        info = StageInfo(stage, match, sizes=sizes, positions=positions, places=places)
+        info = StageInfo(
+            stage,
+            match,
+            sizes=sizes,
+            positions=positions,
+            places=places,
+            apart=context.apart(attended, tokens, match),
+        )
         return tower.mlp(i, tokens), info
 
     def _places(self, tower: Tower, tokens: Tensor, context: Context) -> Tensor | None:
