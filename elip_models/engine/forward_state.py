@@ -60,7 +60,7 @@ class ForwardState:
     infos: the results of the steps, by block. A step whose result is here is replayed, so that a
         recomputation selects the same tokens.
     slots: `BlockStep.slots` after each step, by block.
-    keeps_apart: some block returns all tokens of block 0, which differ within a merged token.
+    keeps_shifts: some block returns all tokens of block 0, see `Slots.shift`.
     counts: the tokens that enter each block, and those that leave the last; empty without steps.
     padding: of a padded batch, or None.
     guided_by: the owner of the guidance, see `Guide`.
@@ -100,7 +100,7 @@ class ForwardState:
             self.size = strategy.resized(tower.size)._replace(num_patches=patches)
         self.on_grid = on_grid
         self.unmerges = tower.pools and strategy.merge != "none"
-        self.keeps_apart = on_grid or self.unmerges
+        self.keeps_shifts = on_grid or self.unmerges
         self.infos = {info.stage.first: info for info in replays or ()}
         self.slots: dict[int, Slots | None] = {}
         self.padding: Padding | None = None
@@ -251,12 +251,12 @@ class ForwardState:
             replay,
             mask=entering.mask,
             keep=keep,
-            keeps_apart=self.keeps_apart,
+            keeps_shifts=self.keeps_shifts,
         )
         tokens, info = strategy.step(tower, stage, entering.tokens, context)
-        apart, info = info.apart, info._replace(apart=None)
+        shift, info = info.shift, info._replace(shift=None)
         if not strategy.replaces_block:
-            apart = context.apart(entering.tokens, tokens, info.reduction)
+            shift = context.shift(entering.tokens, tokens, info.reduction)
         if padding is None:
             self._check_remaining(i, tokens)
         if tower.has_positions and isinstance(info.reduction, ReductionInfo):
@@ -266,7 +266,7 @@ class ForwardState:
             info,
             positions=info.positions,
             replaced_block=strategy.replaces_block,
-            slots=self._slots_after(info, apart, entering.slots),
+            slots=self._slots_after(info, shift, entering.slots),
             changes_mask=True,
             mask=None if padding is None else info.mask,
         )
@@ -292,14 +292,14 @@ class ForwardState:
         return tower if positions is None else tower.with_positions(positions)
 
     def _slots_after(
-        self, info: StageInfo, apart: Tensor | None, slots: Slots | None
+        self, info: StageInfo, shift: Tensor | None, slots: Slots | None
     ) -> Slots | None:
         """Return where the tokens of block 0 are after a step, if a block must return them."""
         if not (self.on_grid or self.unmerges):
             return slots
         if slots is None:
-            return slots_of(info.reduction)._replace(apart=apart)
-        return slots.after(info.reduction, apart)
+            return slots_of(info.reduction)._replace(shift=shift)
+        return slots.after(info.reduction, shift)
 
     def _check_entering(self, i: int, tokens: Tensor) -> None:
         expected = self.counts[i]

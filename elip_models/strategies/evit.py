@@ -130,8 +130,8 @@ class EViT(Strategy):
         weights = torch.cat([torch.zeros_like(row[:, :p]), fused], dim=1).detach()
         reduction = ReductionInfo(chosen + p, weights, None, p, self.merge == "one")
         tokens = torch.cat(rows, dim=1)
-        apart = context.apart(attended, tokens, reduction)
-        return tower.mlp(i, tokens), StageInfo(stage, reduction, row.detach(), apart=apart)
+        shift = context.shift(attended, tokens, reduction)
+        return tower.mlp(i, tokens), StageInfo(stage, reduction, row.detach(), shift=shift)
 
     def _attend(self, tower: Tower, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return block i's attention output, head-mean CLS row (B, N) and keys (B, H, N, d)."""

@@ -43,8 +43,8 @@ def merge_nearest(
         merged, sizes, reduction = elip_kernels.merge_nearest(
             tokens, kept, metric, size=sizes, num_prefix_tokens=p, return_info=True
         )
-    apart = context.apart(tokens, merged, reduction)
-    return merged, StageInfo(stage, reduction, row, sizes, apart=apart)
+    shift = context.shift(tokens, merged, reduction)
+    return merged, StageInfo(stage, reduction, row, sizes, shift=shift)
 
 
 def nearest_flops(size: TowerSize, tokens: int, keep: int) -> int:

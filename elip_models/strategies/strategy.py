@@ -31,8 +31,8 @@ class StageInfo(NamedTuple):
         sizes: (B, N) the number of patches in each token, if the strategy counts them.
         positions: (B, N-p) the position of each remaining patch token, if the tower needs it.
         places: (B, N, 2) the row and column of each token, if the strategy needs them.
-        apart: (B, N, D) what sets the tokens before the merge apart from theirs after it, see
-            `Context.apart`. Only a step that replaces its block must give it; records have None.
+        shift: (B, N, D) how far the step moved the values of the tokens that it merged, see
+            `Context.shift`. Only a step that replaces its block must give it; records have None.
     """
 
     stage: Stage
@@ -41,7 +41,7 @@ class StageInfo(NamedTuple):
     sizes: Tensor | None = None
     positions: Tensor | None = None
     places: Tensor | None = None
-    apart: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def mask(self) -> Tensor | None:
@@ -59,7 +59,7 @@ class Context(NamedTuple):
             recomputed, or of another tower that read the same images.
         mask: (B, N) bool, False for padding; None in a batch without padding.
         keep: (B,) the number of patches that each image of a padded batch keeps, or None.
-        keeps_apart: a block will return all tokens of block 0, see `token_assignment.py`.
+        keeps_shifts: a block will return all tokens of block 0, see `token_assignment.py`.
     """
 
     text_cls: Tensor | None = None
@@ -67,16 +67,16 @@ class Context(NamedTuple):
     replay: StageInfo | None = None
     mask: Tensor | None = None
     keep: Tensor | None = None
-    keeps_apart: bool = False
+    keeps_shifts: bool = False
 
-    def apart(
+    def shift(
         self, before: Tensor, after: Tensor, reduction: BipartiteInfo | ReductionInfo
     ) -> Tensor | None:
-        """Return what sets tokens (B, N, D) apart from theirs (B, R, D) after a step.
+        """Return how far a step moves the values of tokens (B, N, D), which leave it as (B, R, D).
 
         None if no block will return all tokens.
         """
-        return before - slots_of(reduction).unmerged(after) if self.keeps_apart else None
+        return slots_of(reduction).unmerged(after).sub_(before) if self.keeps_shifts else None
 
 
 class Strategy(CostModel):

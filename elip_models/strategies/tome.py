@@ -226,7 +226,7 @@ class ToMe(Strategy):
             sizes=sizes,
             positions=positions,
             places=places,
-            apart=context.apart(attended, tokens, match),
+            shift=context.shift(attended, tokens, match),
         )
         return tower.mlp(i, tokens), info
 
