@@ -212,11 +212,11 @@ def camvid_table(camvid: Document) -> str:
                 title(entry["setting"]),
                 *(time_text(camvid, entry["setting"], batch) for batch in (BATCH, SINGLE)),
                 *(points(interval_of(gaps[head])) for head in ("own", "dense")),
-                points(interval_of(entry["validation"]["own"])),
+                points(interval_of(entry["validation"]["dense"])),
             ]
         )
     header = ["setting", "batch 8", "batch 1", "own head", "head of dense features"]
-    header.append("validation frames, own head")
+    header.append("the same, validation frames")
     return table(header, cells, left=1)
 
 
