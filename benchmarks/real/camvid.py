@@ -53,8 +53,9 @@ GRIDS = "changes"
 """In the keys of stored outcomes: a merged patch changes as its token does."""
 SETTINGS = (
     "merge 0.7, merge:reach=6,decrease=0.5 0.7, dense@294, evit 0.725, tome 0.715, dense@266, "
-    "dense@252, merge 0.55, merge:decrease=0.5 0.55, merge:reach=6 0.55, "
-    "merge:reach=6,decrease=0.5 0.55, merge:reach=4,decrease=0.5 0.55, merge 0.7@294"
+    "dense@252, dense@238, merge 0.55, merge:decrease=0.5 0.55, merge:reach=6 0.55, "
+    "merge:reach=6,decrease=0.5 0.55, merge:reach=6,decrease=0.5 0.5, "
+    "merge:reach=6,decrease=1 0.45, merge 0.7@294"
 )
 """A number after @ is the height of a smaller image, whose width keeps the proportion."""
 
