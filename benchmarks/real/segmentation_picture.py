@@ -26,7 +26,7 @@ from elip_models.analysis.merging import merged_image, tokens_of_patches
 from elip_models.analysis.visualize import new_figure
 from elip_models.calibration.linear_probe import LinearProbe
 
-SETTING = "merge:reach=4,decrease=1 0.55"
+SETTING = "merge:reach=6,decrease=0.5 0.55"
 SHOWN = 2  # pixels of the picture for each pixel that the model reads
 OPACITY = 0.6
 

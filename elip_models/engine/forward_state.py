@@ -60,7 +60,7 @@ class ForwardState:
     infos: the results of the steps, by block. A step whose result is here is replayed, so that a
         recomputation selects the same tokens.
     slots: `BlockStep.slots` after each step, by block.
-    keeps_shifts: some block returns all tokens of block 0, see `Slots.shift`.
+    keeps_shifts: some block returns all tokens of block 0 with `Slots.shift`.
     counts: the tokens that enter each block, and those that leave the last; empty without steps.
     padding: of a padded batch, or None.
     guided_by: the owner of the guidance, see `Guide`.
@@ -100,7 +100,7 @@ class ForwardState:
             self.size = strategy.resized(tower.size)._replace(num_patches=patches)
         self.on_grid = on_grid
         self.unmerges = tower.pools and strategy.merge != "none"
-        self.keeps_shifts = on_grid or self.unmerges
+        self.keeps_shifts = on_grid or tower.needs_grid is not None
         self.infos = {info.stage.first: info for info in replays or ()}
         self.slots: dict[int, Slots | None] = {}
         self.padding: Padding | None = None
@@ -325,8 +325,14 @@ class ForwardState:
         """
         if step.info is not None:
             self.add(i, step.info, step.slots)
-        is_complete = step.slots is None or self.returns_grid(i)
-        return step if is_complete else step._replace(slots=None)
+        slots = step.slots
+        if slots is None or not self.returns_grid(i):
+            return step._replace(slots=None)
+        tower = self.tower
+        if tower.pools and tower.needs_grid is None and i == tower.depth - 1:
+            # pooling counts each token by its size
+            slots = slots._replace(shift=None)
+        return step._replace(slots=slots)
 
     def add(self, i: int, info: StageInfo, slots: Slots | None = None) -> None:
         """Add the result of the step at block i, and where the tokens of block 0 are after it."""

@@ -74,7 +74,7 @@ class Context(NamedTuple):
     ) -> Tensor | None:
         """Return how far a step moves the values of tokens (B, N, D), which leave it as (B, R, D).
 
-        None if no block will return all tokens.
+        None if no block will return all tokens of block 0.
         """
         return slots_of(reduction).unmerged(after).sub_(before) if self.keeps_shifts else None
 

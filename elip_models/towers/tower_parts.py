@@ -85,6 +85,7 @@ class TowerParts:
     num_prefix_tokens: the number of tokens before the patches (CLS, registers); they always stay.
     has_cls: token 0 is CLS, whose attention scores; otherwise a text scores.
     pools: the model averages or attends to all patches after the last block.
+    needs_grid: why its head reads every patch in its place, in one sentence, or None.
     absorbs_keys: a row is computed without a key projection of the tokens.
     is_rotary: blocks rotate queries and keys by the position of their patch.
     adds_bias: blocks add a bias to their attention for each pair of positions.
@@ -117,6 +118,7 @@ class TowerParts:
     num_prefix_tokens: int = 1
     has_cls: bool = True
     pools: bool = False
+    needs_grid: str | None = None
     absorbs_keys: bool = True
     is_rotary: bool = False
     adds_bias: bool = False
