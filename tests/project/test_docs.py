@@ -222,15 +222,16 @@ def test_the_summary_on_the_first_pages_is_what_is_printed():
     assert share in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "strategy"), [("vlm.md", "diverse"), ("vlm_semantics.md", "fastv")]
-)
-def test_the_summary_of_llava_is_what_is_printed(name, strategy):
+def test_the_pages_of_language_models_have_what_a_llava_of_full_size_prints():
     with torch.device("meta"):  # the config's defaults are those of llava-1.5-7b-hf, in fp16
         llava = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig()).half()
-        elip_models.reduce_(llava, strategy, keep=0.25)
-    summary = elip_models.reduction_summary(llava)
-    assert f"```text\n{summary}\n```" in (DOCS / name).read_text()
+        summary = elip_models.reduction_summary(elip_models.reduce_(llava, keep=0.25))
+        inside = elip_models.reduction_summary(
+            elip_models.reduce_(elip_models.unreduce_(llava), "fastv", keep=0.25)
+        )
+    assert f"```text\n{summary}\n```" in (DOCS / "vlm.md").read_text()
+    share = f"```text\n{round(inside.prefill_flops, 3)}\n```"
+    assert share in (DOCS / "vlm_semantics.md").read_text()
 
 
 def test_keep_is_about_the_share_of_the_flops():
