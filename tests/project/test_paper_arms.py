@@ -71,7 +71,9 @@ PAPER = {
 
 def arms():
     """Return the commands of the page by arm, for each table, figure or equation."""
-    values = dict(re.findall(r"^export (\w+)='(model.*)'$", PAGE.read_text(), re.MULTILINE))
+    values = dict(
+        re.findall(r"^export (\w+)=['\"]((?:model|retrieval).*).$", PAGE.read_text(), re.MULTILINE)
+    )
     found = {}
     for item in PAPER:
         is_equation = item.startswith("Equation")
