@@ -49,6 +49,12 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
+PRINTS = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
+"""A Python block of a page, and what the page says that it prints."""
+OTHER_SIZES = ("vlm.md", "vlm_semantics.md")
+"""Pages whose models are replaced by smaller ones, which print other numbers."""
+
+
 def script(name):
     """Return docs/NAME.py as a module."""
     return load_script(DOCS / f"{name}.py")
@@ -130,17 +136,22 @@ PYTHON = [page for page in WITH_PYTHON if blocks(page, "python")]
     slow_except([page for page in PYTHON if page.name not in SLOW_PAGES], PYTHON),
     ids=lambda page: page.name,
 )
-def test_the_python_of_a_page_runs(page, small_models, tmp_path, monkeypatch):
+def test_the_python_of_a_page_runs_and_prints_what_it_says(
+    page, small_models, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64)).save("photograph.jpg")
     names = {"elip_models": elip_models, "range": lambda stop: range(min(stop, 3))}
-    for code in blocks(page, "python"):
+    for code, printed in PRINTS.findall(page.read_text()):
         on_cpu = page.name not in META_PAGES or any(word in code for word in CPU_WORDS)
         with torch.device("cpu" if on_cpu else "meta"):
             names |= inputs(page)
             if on_cpu and page.name != "training.md":
                 names["model"] = timm.create_model("vit_tiny_patch16_224")
+            capsys.readouterr()
             exec(compile(code, page.name, "exec"), names)
+        if printed and page.name not in OTHER_SIZES:
+            assert capsys.readouterr().out == printed
 
 
 COMMAND = re.compile(
@@ -209,6 +220,18 @@ def test_the_summary_on_the_first_pages_is_what_is_printed():
     assert f"```text\n{summary}\n```" in (DOCS / "index.md").read_text()
     share = f"  # {round(summary.forward_flops, 2)} of the dense FLOPs\n"
     assert share in (ROOT / "README.md").read_text()
+
+
+def test_the_pages_of_language_models_have_what_a_llava_of_full_size_prints():
+    with torch.device("meta"):  # the config's defaults are those of llava-1.5-7b-hf, in fp16
+        llava = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig()).half()
+        summary = elip_models.reduction_summary(elip_models.reduce_(llava, keep=0.25))
+        inside = elip_models.reduction_summary(
+            elip_models.reduce_(elip_models.unreduce_(llava), "fastv", keep=0.25)
+        )
+    assert f"```text\n{summary}\n```" in (DOCS / "vlm.md").read_text()
+    share = f"```text\n{round(inside.prefill_flops, 3)}\n```"
+    assert share in (DOCS / "vlm_semantics.md").read_text()
 
 
 def test_keep_is_about_the_share_of_the_flops():

@@ -15,8 +15,8 @@ from elip_models.pretraining.training.recipe import load_recipe, parse_overrides
 from elip_models.pretraining.training.training_data import input_fields
 from tests.helpers.programs import parse
 from tests.helpers.tiers import slow_except
+from tests.project.test_reproduce import PAGE, section
 
-PAGE = Path(__file__).parents[2] / "docs" / "paper.md"
 DATA = {"data.train": "train.json", "data.eval": "test.json"}
 FINETUNING = DATA | {"data.validation": "dev.json"}
 TEXT = ("No Pruning", "Random", "Post", "Learned")
@@ -71,14 +71,32 @@ PAPER = {
 
 def arms():
     """Return the commands of the page by arm, for each table, figure or equation."""
-    table = PAGE.read_text(encoding="utf-8").partition("## Arms\n")[2].partition("\n## ")[0]
+    values = dict(
+        re.findall(r"^export (\w+)=['\"]((?:model|retrieval).*).$", PAGE.read_text(), re.MULTILINE)
+    )
     found = {}
-    for item, arm, command in re.findall(
-        r"^\| (\w+ \d+) \| (.*) \| `(.*)` \|$", table, re.MULTILINE
-    ):
-        assert arm not in found.setdefault(item, {}), (item, arm)
-        found[item][arm] = command
+    for item in PAPER:
+        is_equation = item.startswith("Equation")
+        code = section("Equations" if is_equation else item).partition("```bash\n")[2]
+        full = re.split(r"^# tiny|^```", code, flags=re.MULTILINE)[0].replace("\\\n", " ")
+        for command, arm in re.findall(r"^(.*\S) +# (.+)$", full, re.MULTILINE):
+            if is_equation:
+                equation, _, arm = arm.partition(": ")
+                if equation != item:
+                    continue
+            assert arm not in found.setdefault(item, {}), (item, arm)
+            for name, value in values.items():
+                command = command.replace(f"${name} ", f"{value} ")
+            found[item][arm] = command
     return found
+
+
+def words_of(command):
+    """Return the words of a command for one process, without its data and its folder."""
+    words = shlex.split(re.sub(r"^run[48] ", "elip ", command))
+    return [
+        word for word in words if not word.startswith(("data.", "finetune.", "output_dir=", "$"))
+    ]
 
 
 def checked_model(config):
@@ -93,7 +111,7 @@ def checked_model(config):
 
 def resolved(command):
     """Return the recipe and the model that a command trains, or the values that it was given."""
-    words = shlex.split(command)
+    words = words_of(command)
     context = parse(words)
     given = context.params
     if words[:2] == ["elip", "train"]:
