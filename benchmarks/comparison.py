@@ -27,7 +27,13 @@ from elip_models.profiling.measure import (
 
 
 def compare(
-    forms: dict[str, Form], inputs: Tensors, work: Work, *, direction: str, rounds: int
+    forms: dict[str, Form],
+    inputs: Tensors,
+    work: Work,
+    *,
+    direction: str,
+    rounds: int,
+    summary: Callable[[list[float]], Any] = median,
 ) -> tuple[dict[str, Any], Step]:
     """Time forms side by side.
 
@@ -37,6 +43,7 @@ def compare(
         work: Bytes and operations in this direction.
         direction: "forward", "backward", or "training" for both.
         rounds: Number of interleaved rounds.
+        summary: Of the ratios of all rounds; the median by default.
 
     Returns:
         The facts for the JSON, and our step.
@@ -52,7 +59,7 @@ def compare(
         "kernels": runs_kernels(forms[OURS], inputs),
         "rounds": rounds,
         "milliseconds": milliseconds(times),
-        "ratios": {name: ratios_to(name, times)[OURS] for name in forms if name != OURS},
+        "ratios": {name: ratios_to(name, times, summary)[OURS] for name in forms if name != OURS},
         "possible": {name: 1 / ratio for name, ratio in ratios_to("copy", times).items()},
         "copy_gb_per_second": work.bytes / median(times["copy"]) / 1e9,
         "bytes": work.bytes,

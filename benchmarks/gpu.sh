@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run tests and benchmarks on a GPU, without network or installation.
+# Run tests and benchmarks on a GPU, without network or installation. `python -m benchmarks.gpu` is
+# the short measurement for users, which prints one table.
 #   benchmarks/gpu.sh tests [NAME ...]     run tests/gpu, test_device.py first, or test_NAME.py only
 #   benchmarks/gpu.sh sanitize [TOOL ...]  run some of tests/gpu under compute-sanitizer with
 #                                          memcheck, racecheck and initcheck, or with TOOL only

@@ -22,8 +22,8 @@ from torch import nn
 
 import elip_models
 from benchmarks.machine import PACKAGES, provenance
-from benchmarks.real.features import DENSE, Setting
 from benchmarks.real.panel import add_times
+from benchmarks.settings import DENSE, Setting
 from elip_models.saving.files import write_json
 from elip_models.validation import check_output
 

@@ -11,7 +11,6 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from pydoc import locate
 from types import ModuleType
 from typing import Any
 
@@ -53,15 +52,19 @@ def in_order(names: list[str], page: Path) -> list[str]:
     return sorted(names, key=lambda name: (*entries, name).index(name))
 
 
-def link(folder: Path, file: str, package: str, name: str, value: Any) -> str:
-    """Return the name, as a link to the page and the entry that document it."""
+def link(folder: Path, file: str, entry: str) -> str:
+    """Return the name of an entry, as a link to the page that documents it.
+
+    Raises:
+        ValueError: no page documents it under its public name.
+    """
+    name = entry.rpartition(".")[2]
+    if name in CONSTANTS:
+        return f"`{name}`"
     for path in sorted(folder.glob("*.md"), key=lambda path: path.name != file):
-        entries = re.findall(r"^::: (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        for entry in entries:
-            if entry.endswith(f".{name}") and locate(entry) is value:
-                page = "" if path.name == file else path.name
-                return f"[`{name}`]({page}#{entry})"
-    return f"[`{name}`](#{package}.{name})" if kind_of(value) != "constant" else f"`{name}`"
+        if f"::: {entry}\n" in path.read_text(encoding="utf-8"):
+            return f"[`{name}`]({'' if path.name == file else path.name}#{entry})"
+    raise ValueError(f"{folder}: expected the line '::: {entry}' in a page, got none")
 
 
 def table(package: ModuleType, folder: Path, file: str) -> str:
@@ -69,7 +72,7 @@ def table(package: ModuleType, folder: Path, file: str) -> str:
     lines = ["| name | kind | description |", "| --- | --- | --- |"]
     for name in in_order(package.__all__, folder / file):
         value = getattr(package, name)
-        linked = link(folder, file, package.__name__, name, value)
+        linked = link(folder, file, f"{package.__name__}.{name}")
         lines.append(f"| {linked} | {kind_of(value)} | {description(name, value)} |")
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from elip_kernels.ops.select_diverse import select_diverse
 from elip_kernels.ops.select_dpp import select_dpp
 from elip_kernels.ops.select_tokens import select_tokens
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BipartiteInfo",

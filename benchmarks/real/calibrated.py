@@ -21,9 +21,10 @@ from rich.console import Console
 import elip_models
 from benchmarks.machine import provenance
 from benchmarks.real import dinov2, sets
-from benchmarks.real.features import Setting, features
+from benchmarks.real.features import features
 from benchmarks.real.panel import MEASURES, Outcomes, difference, points
 from benchmarks.real.tasks import PACKAGES
+from benchmarks.settings import Setting
 from elip_models.saving.files import write_json
 from elip_models.strategies.serialization import strategy_of
 from elip_models.validation import check_output

@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from benchmarks.machine import provenance
 from benchmarks.real import dinov2
 from benchmarks.real.dinov2 import PATCH
-from benchmarks.real.features import DENSE, Setting, read_settings, stored
+from benchmarks.real.features import stored
 from benchmarks.real.panel import add_times
 from benchmarks.real.tasks import PACKAGES
+from benchmarks.settings import DENSE, Setting, read_settings
 from elip_models.calibration.linear_probe import LinearProbe
 from elip_models.intervals import Interval, interval_of_totals
 from elip_models.saving.files import read_object, write_json

@@ -23,17 +23,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from scipy.stats import quantile_test
 from torch import Tensor, nn
 
 from benchmarks.machine import provenance
+from benchmarks.median_interval import median_interval
 from benchmarks.real import dinov2, sets
-from benchmarks.real.features import DENSE, Setting, features, read_settings, stored
+from benchmarks.real.features import features, stored
 from benchmarks.real.measures import KNN, OWN, PENALTIES, TOP1, knn_correct
 from benchmarks.real.tasks import PACKAGES
+from benchmarks.settings import DENSE, Setting, read_settings
 from elip_models.calibration.linear_probe import LinearProbe
-from elip_models.intervals import LEVEL, paired_interval
-from elip_models.profiling.measure import time_side_by_side
+from elip_models.intervals import paired_interval
+from elip_models.profiling.measure import ratios_to, time_side_by_side
 from elip_models.saving.files import read_object, write_json
 from elip_models.validation import check_output
 
@@ -221,27 +222,16 @@ def add_times(
                 rounds=rounds,
                 progress=advance,
             )
-            ratios = {
-                name: [value / base for value, base in zip(each, times[DENSE], strict=True)]
-                for name, each in times.items()
-            }
             runs.append(
                 {
                     "batch": batch,
                     "dense_ms": round(1e3 * median(times[DENSE]), 2),
-                    "ratios": {name: _median(each) for name, each in ratios.items()},
+                    "ratios": ratios_to(DENSE, times, median_interval),
                 }
             )
     torch.set_num_threads(before)
     measured = {**provenance(PACKAGES), "threads": 1, "dtype": "float32", "rounds": rounds}
     return {"time": measured | {"runs": runs}}
-
-
-def _median(ratios: Sequence[float]) -> dict[str, float]:
-    """Return the median of ratios with its interval."""
-    interval = quantile_test(ratios, q=1.0, p=0.5).confidence_interval(LEVEL)
-    ends = {"mean": median(ratios), "low": interval.low, "high": interval.high}
-    return {end: round(float(value), 4) for end, value in ends.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

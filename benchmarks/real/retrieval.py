@@ -23,10 +23,11 @@ from torch import Tensor
 
 from benchmarks.machine import provenance
 from benchmarks.real import dinov2, materials
-from benchmarks.real.features import DENSE, features, read_settings, stored
+from benchmarks.real.features import features, stored
 from benchmarks.real.measures import RECALLS, RetrievalMaps
 from benchmarks.real.panel import MARGIN, SETTINGS, points
 from benchmarks.real.tasks import PACKAGES
+from benchmarks.settings import DENSE, read_settings
 from elip_models.intervals import bootstrap_interval
 from elip_models.saving.files import write_json
 from elip_models.validation import check_output

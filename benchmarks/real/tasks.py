@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.machine import provenance
 from benchmarks.real import dinov2, materials
 from benchmarks.real.dinov2 import batches
-from benchmarks.real.features import DENSE, Setting, features, read_settings, stored
+from benchmarks.real.features import features, stored
 from benchmarks.real.measures import (
     KNN,
     OWN,
@@ -37,6 +37,7 @@ from benchmarks.real.measures import (
     knn_correct,
     rank_correlation,
 )
+from benchmarks.settings import DENSE, Setting, read_settings
 from elip_models.analysis.feature_measures import cosine, neighbours
 from elip_models.calibration.linear_probe import LinearProbe
 from elip_models.intervals import bootstrap_interval

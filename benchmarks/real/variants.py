@@ -25,9 +25,10 @@ from torch import Tensor, nn
 import elip_models
 from benchmarks.machine import provenance
 from benchmarks.real import dinov2, sets
-from benchmarks.real.features import Setting, features, read_settings
+from benchmarks.real.features import features
 from benchmarks.real.measures import PENALTIES
 from benchmarks.real.tasks import PACKAGES
+from benchmarks.settings import Setting, read_settings
 from elip_models.calibration.linear_probe import LinearProbe
 from elip_models.intervals import LEVEL
 from elip_models.saving.files import write_json

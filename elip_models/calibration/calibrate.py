@@ -124,7 +124,7 @@ def calibrate(
         progress: is called with a line of text while the run goes on.
         announce: is called with the number of images that `minutes` allows, and with the first
             answer of a long run, which may still change.
-        metric: the former name of `task`.
+        metric: the deprecated name of `task`.
 
     Returns:
         The settings that were tried, the choice, and its loss on the images held back.
@@ -134,7 +134,7 @@ def calibrate(
             labels that the dense model does not predict better than chance.
     """
     if metric is not None:
-        message = "calibrate: `metric` is now `task`"
+        message = "calibrate: `metric` is now `task`; version 0.3.0 removes `metric`"
         warnings.warn(message, DeprecationWarning, stacklevel=3)
         task = metric
     tolerance = check("tolerance", tolerance, PositiveShare)

@@ -113,11 +113,13 @@ def calibrate(
         Path, typer.Option(help="Folder for the report and the choice; a stopped run goes on.")
     ] = Path("calibrated"),
     pretrained: Annotated[bool, typer.Option(help="Load the model's weights.")] = True,
-    metric: Annotated[str | None, typer.Option(help="Former name of --task.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Deprecated name of --task.")] = None,
 ) -> None:
     """Find the fastest reduction whose loss by your own measure is within a tolerance."""
     console = Console(stderr=True)
-    task = task or metric
+    if metric is not None:
+        _print(console, "warning: --metric is now --task; version 0.3.0 removes --metric")
+        task = task or metric
     loss = _own_function(task) if task is not None and ":" in task else None
     if loss is None and task not in (None, *TASKS):
         raise ConfigError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,10 +71,14 @@ def _seconds(step: Step, calls: int, device: torch.device) -> float:
     return seconds / calls
 
 
-def ratios_to(baseline: str, times: dict[str, list[float]]) -> dict[str, float]:
-    """Divide each step's times by the baseline's of the same round and return medians, by step."""
+def ratios_to(
+    baseline: str,
+    times: dict[str, list[float]],
+    summary: Callable[[list[float]], Any] = median,
+) -> dict[str, Any]:
+    """Divide each step's times by the baseline's of the same round; return a summary by step."""
     return {
-        name: median(t / base for t, base in zip(values, times[baseline], strict=True))
+        name: summary([t / base for t, base in zip(values, times[baseline], strict=True)])
         for name, values in times.items()
     }
 

@@ -11,7 +11,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import elip_models
 from benchmarks.real import dinov2, materials, measures, tasks
-from benchmarks.real.features import features, read_settings
+from benchmarks.real.features import features
+from benchmarks.settings import read_settings
 from elip_models.intervals import bootstrap_interval
 from elip_models.saving.open_model import open_model
 from tests.benchmarks.conftest import CAPTIONED, SPLITS

@@ -272,7 +272,7 @@ def test_a_reduced_model_is_refused(pictures):
 
 
 def test_the_former_name_of_the_task_warns(model, pictures):
-    with pytest.warns(DeprecationWarning, match="`metric` is now `task`"):
+    with pytest.warns(DeprecationWarning, match="`metric` is now `task`; version 0.3.0 removes"):
         results = calibrate(
             model, pictures, metric="neighbours", strategies=("tome",), tolerance=0.9, time=False
         )

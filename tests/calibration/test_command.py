@@ -71,6 +71,14 @@ def test_a_classifier_is_judged_by_its_head(made, tmp_path, capsys):
     assert elip_models.is_reduced(model)
 
 
+def test_the_former_name_of_the_task_warns(made, tmp_path, capsys):
+    options = "--output", tmp_path / "out", "--metric", "nonsense"
+    assert elip(*arguments(made, *options)) != 0
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning == "warning: --metric is now --task; version 0.3.0 removes --metric"
+    assert "--task: expected head" in error
+
+
 @pytest.mark.slow
 def test_the_choice_serves_the_other_commands(made, tmp_path, capsys):
     options = "--output", tmp_path / "out", "--tolerance", 1, "--labels", "folders"

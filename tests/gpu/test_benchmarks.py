@@ -43,3 +43,15 @@ def test_the_peak_of_a_step_is_measured(device):
     size = 2**20
     peak = measure.peak_bytes(lambda: torch.ones(size, device=device), torch.device("cuda"))
     assert peak >= pick(4 * size, 0)
+
+
+def test_a_graph_of_a_reduced_model_takes_new_images(device):
+    gpu, timm = (pytest.importorskip(n, exc_type=ImportError) for n in ("benchmarks.gpu", "timm"))
+    size = pick(160, 32)
+    dense = timm.create_model("test_vit", img_size=size, num_classes=0).eval().to(device)
+    images = torch.randn(2, 3, size, size, device=device)
+    with torch.no_grad():
+        reduced = gpu.read_settings("merge 0.7", dense)[1].model
+        call = gpu.graph(reduced, images)
+        images.normal_()
+        assert torch.equal(call(), reduced(images))

@@ -6,6 +6,7 @@ import sys
 import unicodedata
 from functools import partial
 from pathlib import Path
+from pydoc import locate
 from unittest.mock import Mock
 
 import open_clip
@@ -262,10 +263,23 @@ def test_the_links_of_a_page_exist(page):
         assert not anchor or anchor in anchors(path), link
 
 
-def test_the_reference_has_every_public_name_of_the_kernels():
-    page = (DOCS / "api" / "kernels.md").read_text()
-    named = {line.rpartition(".")[2] for line in re.findall(r"^::: (.*)$", page, re.MULTILINE)}
-    assert named == set(elip_kernels.__all__) - {"__version__"}
+PUBLIC = {
+    f"{package.__name__}.{name}": getattr(package, name)
+    for package in (elip_kernels, elip_models)
+    for name in package.__all__
+}
+
+
+def test_the_reference_gives_the_path_by_which_a_user_imports():
+    pages = "".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
+    entries = re.findall(r"^::: (.*)$", pages, re.MULTILINE)
+    assert len(set(entries)) == len(entries)
+    path_of = {id(value): path for path, value in PUBLIC.items()}
+    assert [path_of.get(id(locate(entry)), entry) for entry in entries] == entries
+    assert {entry for entry in entries if entry.startswith("elip_kernels.")} <= PUBLIC.keys()
+    members = " ".join(re.findall(r"members: \[(.*)\]", pages)).replace(",", " ").split()
+    parts = [part for entry in entries for part in entry.split(".")]
+    assert [part for part in parts + members if part.startswith("_")] == []
 
 
 SCRIPTS = ("readme_table", "readme_chart", "serving", "api_table", "recipes", "panel", "vlm")
