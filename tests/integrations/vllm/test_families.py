@@ -11,11 +11,17 @@ from elip_models.integrations.vllm.positions import grid_offsets
 from elip_models.integrations.vllm.tokens import select_features
 from tests.integrations.vllm.checkpoints import MODELS, save_checkpoint
 from tests.integrations.vllm.engines import engine, generate
-from tests.integrations.vllm.prompts import Reference, clip_request, images, request, requests
+from tests.integrations.vllm.prompts import (
+    ROUNDING,
+    Reference,
+    assert_equal_to,
+    clip_request,
+    images,
+    request,
+    requests,
+)
 
 pytestmark = pytest.mark.slow
-ROUNDING = 2e-5
-"""Of log-probabilities, between two implementations of a model in fp32."""
 WITH_VIDEOS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl")
 M_ROPE = [family for family in MODELS if family.startswith("qwen")]
 
@@ -23,13 +29,6 @@ M_ROPE = [family for family in MODELS if family.startswith("qwen")]
 @pytest.fixture(scope="module", params=MODELS)
 def folder(request, tmp_path_factory):
     return save_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def assert_equal_to(outputs, references):
-    for output, reference in zip(outputs, references, strict=True):
-        assert output.prompt_length == reference.prompt_length
-        assert output.tokens == reference.tokens
-        assert output.log_probs == pytest.approx(reference.log_probs, abs=ROUNDING)
 
 
 def test_every_family_of_the_table_has_a_checkpoint():
