@@ -6,6 +6,7 @@ pytest.importorskip("vllm", reason="needs vLLM: pip install 'elip-kernels[vllm-t
 
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from elip_models.integrations.vllm.patch_models import UNITS
 from tests.integrations.vllm.checkpoints import save_checkpoint
 from tests.integrations.vllm.engines import configure, engine, generate
 from tests.integrations.vllm.prompts import (
@@ -95,9 +96,8 @@ def test_memory_is_measured_with_images_and_clips_that_keep_every_patch(tmp_path
     save_config("qwen2_5_vl", tmp_path)
     processor = MULTIMODAL_REGISTRY.create_processor(configure(tmp_path, DEDUP).model_config)
     counts = {"image": 1, "video": 1}
-    most = processor.info.get_mm_max_tokens_per_item(2048, counts)
-    dummies = processor.get_dummy_mm_inputs(counts)["mm_placeholders"]
-    assert {name: ranges[0].length for name, ranges in dummies.items()} == most
+    for modality, (item,) in processor.get_dummy_mm_inputs(counts)["mm_kwargs"].items():
+        assert item[UNITS.format(modality)].data.all()
 
 
 def test_servers_with_another_tolerance_share_no_entry(tmp_path):
