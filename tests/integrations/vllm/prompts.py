@@ -1,6 +1,6 @@
 """Requests with images, and what transformers generates for them with `reduce_`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,12 @@ def next_positions(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, kwargs | {"position_ids": torch.arange(before, before + length)[None]}
 
 
-def clip_request(family: str, text: str) -> dict[str, Any]:
-    """Return a request with a clip of eight frames with a white band, and the text behind it."""
-    frames = np.random.default_rng(1).integers(0, 255, (8, 112, 84, 3), dtype=np.uint8)
+def clip_request(family: str, text: str, length: int = 8, rate: float = 2.0) -> dict[str, Any]:
+    """Return a request with a clip whose frames have a white band, and the text behind it."""
+    frames = np.random.default_rng(1).integers(0, 255, (length, 112, 84, 3), dtype=np.uint8)
     frames[:, 28:84] = 255
-    info = dict(fps=2.0, duration=4.0, total_num_frames=8, frames_indices=list(range(8)))
+    info = dict(fps=rate, duration=length / rate, total_num_frames=length)
+    info |= dict(frames_indices=list(range(length)))
     info |= dict(video_backend="opencv", do_sample_frames=False)
     placeholder = VIDEO if family == "llava_onevision" else VISION_START + VIDEO + VISION_END
     clip = (frames, info) if family == "qwen2_5_vl" else frames
@@ -83,6 +84,28 @@ def assert_equal_to(outputs: Iterable[Output], references: Iterable[Output]) -> 
         assert output.prompt_length == reference.prompt_length
         assert output.tokens == reference.tokens
         assert output.log_probs == pytest.approx(reference.log_probs, abs=ROUNDING)
+
+
+class TextBehindTimes:
+    """Positions of transformers, in which the text behind a clip continues behind its times too.
+
+    Set it in the place of the `get_rope_index` of a model. `shifts` has the distance to the
+    positions of transformers, for each prompt.
+    """
+
+    def __init__(self, stock: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.stock = stock
+        self.shifts: list[int] = []
+
+    def __call__(
+        self, input_ids: torch.Tensor, *, mm_token_type_ids: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, deltas = self.stock(input_ids, mm_token_type_ids=mm_token_type_ids, **kwargs)
+        text = int(mm_token_type_ids[0].nonzero().max()) + 1
+        shift = positions[..., :text].max() + 1 - positions[0, 0, text]
+        self.shifts.append(int(shift))
+        positions[..., text:] += shift
+        return positions, positions.amax((0, 2))[:, None].to(deltas) + 1 - input_ids.shape[1]
 
 
 class Reference:
