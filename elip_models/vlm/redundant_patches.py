@@ -5,7 +5,7 @@ positions, segments and windows, which the tower takes as arguments. Behind the 
 unit of patches has a feature of zeros, by which `PromptReduction` finds and removes its token.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,12 @@ class PatchReduction:
                 "False; leave it out"
             )
         arguments = dict(zip(("hidden_states", "grid_thw"), args, strict=False)) | kwargs
-        patches, grid, config = arguments["hidden_states"], arguments["grid_thw"], tower.config
-        side = config.spatial_merge_size
-        units = patches.detach().unflatten(1, (config.in_channels, -1)).unflatten(0, (-1, side**2))
-        stays = self.strategy.select(units, grid // grid.new_tensor([1, side, side]))
+        patches, grid = arguments["hidden_states"], arguments["grid_thw"]
+        stays = remaining_units(self.strategy, patches.detach(), grid, tower.config)
         if stays.all():
             return None
         put(RemainingUnits(stays))
+        side = tower.config.spatial_merge_size
         arguments["hidden_states"] = patches[stays.repeat_interleave(side**2)]
         return (), arguments | _remaining_arguments(tower, grid, stays, arguments)
 
@@ -69,6 +68,20 @@ class PatchReduction:
                 _scatter(features, stays) for features in output["deepstack_features"]
             ]
         return output
+
+
+def remaining_units(strategy: Dedup, patches: Tensor, grid: Tensor, config: Any) -> Tensor:
+    """Return (U,) bool, the units of images that stay.
+
+    Args:
+        strategy: the one that decides.
+        patches: (N, C x V) normalised pixels, as the image processor returns them.
+        grid: (R, 3) int64, frames, rows and columns of patches of each image or clip.
+        config: of the image tower.
+    """
+    side = config.spatial_merge_size
+    units = patches.unflatten(1, (config.in_channels, -1)).unflatten(0, (-1, side**2))
+    return strategy.select(units, grid // grid.new_tensor([1, side, side]))
 
 
 def _scatter(features: Tensor, stays: Tensor) -> Tensor:
@@ -94,16 +107,13 @@ def _remaining_arguments(
     patches = stays.repeat_interleave(side**2)
     positions = vision.get_vision_position_ids(grid, side, kwargs=arguments)
     ends = vision.get_vision_cu_seqlens(grid, kwargs=arguments)
-    new = {"position_ids": positions[patches], "cu_seqlens": _remaining_ends(ends, patches)}
+    new = {"position_ids": positions[patches], "cu_seqlens": remaining_ends(ends, patches)}
     if getattr(config, "window_size", None) is not None:
         order, ends = vision.get_vision_window_index(
             grid, side, config.window_size, config.patch_size, kwargs=arguments
         )
-        order = order.to(stays.device)
-        ordered = stays[order]
-        new["window_index"] = (stays.cumsum(0) - 1)[order[ordered]]
-        ends = _remaining_ends(ends, ordered.repeat_interleave(side**2))
-        new["cu_window_seqlens"] = ends.unique_consecutive()
+        windows = RemainingWindows.of(order.to(stays.device), ends, stays, side**2)
+        new |= {"window_index": windows.order, "cu_window_seqlens": windows.ends}
     if getattr(config, "num_position_embeddings", None) is not None:
         indices, weights = vision.get_vision_interpolation_indices_and_weights(
             grid,
@@ -117,6 +127,34 @@ def _remaining_arguments(
     return new
 
 
-def _remaining_ends(ends: Tensor, stays: Tensor) -> Tensor:
+class RemainingWindows(NamedTuple):
+    """The windows of attention that remain.
+
+    order: (K,) int64, the remaining units, numbered without the others, window by window.
+    ends: where the windows end, int32, in remaining patches, with 0 before the first one.
+    patches: (N,) bool, the patches that stay, in the order of the windows of the whole image.
+    """
+
+    order: Tensor
+    ends: Tensor
+    patches: Tensor
+
+    @classmethod
+    def of(cls, order: Tensor, ends: Tensor, stays: Tensor, size: int) -> Self:
+        """Return the remaining part of windows.
+
+        Args:
+            order: (U,) int64, all units, window by window.
+            ends: where the windows end in all patches.
+            stays: (U,) bool, the units that stay.
+            size: the patches of a unit.
+        """
+        ordered = stays[order]
+        patches = ordered.repeat_interleave(size)
+        ends = remaining_ends(ends, patches).unique_consecutive()
+        return cls((stays.cumsum(0) - 1)[order[ordered]], ends, patches)
+
+
+def remaining_ends(ends: Tensor, stays: Tensor) -> Tensor:
     """Return where segments of patches end, int32, if the patches `stays` (N,) bool remain."""
     return F.pad(stays.cumsum(0), (1, 0))[ends.to(stays.device, torch.int64)].to(torch.int32)

@@ -14,6 +14,7 @@ class Family(NamedTuple):
         has_mrope: whether positions have a time, a row and a column.
         has_videos: whether clips can be reduced too.
         refused_towers: the image towers, by their `model_type`, with a token between rows.
+        tower: the name of the image tower if it takes the positions of its patches as an argument.
     """
 
     file: str
@@ -23,6 +24,7 @@ class Family(NamedTuple):
     has_mrope: bool = False
     has_videos: bool = False
     refused_towers: tuple[str, ...] = ()
+    tower: str | None = None
 
     @property
     def seams(self) -> tuple[str, ...]:
@@ -33,6 +35,16 @@ class Family(NamedTuple):
             f"{self.prompts}MultiModalProcessor",
             f"{self.dummy_inputs}DummyInputsBuilder",
         )
+        return self._named(*names)
+
+    @property
+    def patch_seams(self) -> tuple[str, ...]:
+        """Return what is called if patches are removed before the image tower."""
+        return self._named(
+            f"{self.model}.get_input_modality", f"{self.tower}.prepare_encoder_metadata"
+        )
+
+    def _named(self, *names: str) -> tuple[str, ...]:
         return tuple(f"vllm.model_executor.models.{self.file}:{name}" for name in names)
 
 
@@ -64,6 +76,7 @@ FAMILIES = {
         "Qwen2VL",
         has_mrope=True,
         has_videos=True,
+        tower="Qwen2VisionTransformer",
     ),
     "Qwen2_5_VLForConditionalGeneration": Family(
         "qwen2_5_vl",
@@ -72,9 +85,15 @@ FAMILIES = {
         "Qwen2_5_VL",
         has_mrope=True,
         has_videos=True,
+        tower="Qwen2_5_VisionTransformer",
     ),
     "Qwen3VLForConditionalGeneration": Family(
-        "qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3VL", "Qwen3VL", has_mrope=True
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VL",
+        "Qwen3VL",
+        has_mrope=True,
+        tower="Qwen3_VisionTransformer",
     ),
 }
 """The models by their architecture, as the config of a model names it."""
@@ -82,3 +101,5 @@ FAMILIES = {
 
 REDUCED = "Reduced"
 """What the name of a model with fewer image tokens has before that of its architecture."""
+DEDUPLICATED = "Deduplicated"
+"""The same for a model whose image tower reads fewer patches."""

@@ -131,8 +131,21 @@ class MRoPEOffsets:
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
 
-def build(architecture: str) -> type:
-    """Return the reduced model of an architecture, with its processor registered."""
+def build(
+    architecture: str,
+    *,
+    mixins: tuple[type, ...],
+    processor: type = ReducedProcessor,
+    dummy_inputs: tuple[type, ...] = (),
+) -> type:
+    """Return the reduced model of an architecture, with its processor registered.
+
+    Args:
+        architecture: a key of `FAMILIES`.
+        mixins: of the model.
+        processor: the mixin of the processor.
+        dummy_inputs: the mixins of the builder of dummy inputs.
+    """
     family = FAMILIES[architecture]
     file = import_module(f"vllm.model_executor.models.{family.file}")
     info = _mixed(
@@ -141,11 +154,12 @@ def build(architecture: str) -> type:
         reduces_videos=family.has_videos,
     )
     register = MULTIMODAL_REGISTRY.register_processor(
-        _mixed(getattr(file, f"{family.prompts}MultiModalProcessor"), ReducedProcessor),
+        _mixed(getattr(file, f"{family.prompts}MultiModalProcessor"), processor),
         info=info,
-        dummy_inputs=getattr(file, f"{family.dummy_inputs}DummyInputsBuilder"),
+        dummy_inputs=_mixed(
+            getattr(file, f"{family.dummy_inputs}DummyInputsBuilder"), *dummy_inputs
+        ),
     )
-    mixins = (ReducedModel, MRoPEOffsets) if family.has_mrope else (ReducedModel,)
     return register(_mixed(getattr(file, family.model), *mixins))
 
 
@@ -158,4 +172,5 @@ def __getattr__(name: str) -> type:
     """Build a model on first use."""
     if name not in FAMILIES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, build(name))
+    mixins = (ReducedModel, MRoPEOffsets) if FAMILIES[name].has_mrope else (ReducedModel,)
+    return globals().setdefault(name, build(name, mixins=mixins))

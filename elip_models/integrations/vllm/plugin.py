@@ -4,7 +4,7 @@ It adds models to vLLM's table under names of their own, and replaces none. Only
 settings of a model; it then gives the model such a name. Nothing else is imported before.
 """
 
-from elip_models.integrations.vllm.families import FAMILIES, REDUCED
+from elip_models.integrations.vllm.families import DEDUPLICATED, FAMILIES, REDUCED
 from elip_models.integrations.vllm.seams import HOOKS, TESTED, missing_names
 from elip_models.validation import require_extra
 
@@ -28,8 +28,10 @@ def register() -> None:
         return
     from elip_models.integrations.vllm.checks import install_checks
 
-    for architecture in FAMILIES:
-        vllm.ModelRegistry.register_model(
-            f"{REDUCED}{architecture}", f"elip_models.integrations.vllm.models:{architecture}"
-        )
+    register_model, package = vllm.ModelRegistry.register_model, "elip_models.integrations.vllm"
+    for architecture, family in FAMILIES.items():
+        register_model(f"{REDUCED}{architecture}", f"{package}.models:{architecture}")
+        if family.tower is not None:
+            path = f"{package}.patch_models:{architecture}"
+            register_model(f"{DEDUPLICATED}{architecture}", path)
     install_checks()

@@ -10,6 +10,7 @@ from elip_models.integrations.vllm.settings import serving_strategy
 from elip_models.integrations.vllm.tokens import shorten_placeholders
 from elip_models.validation import require_extra
 from elip_models.vlm.strategies.base import ImageTokenStrategy
+from elip_models.vlm.strategies.dedup import Dedup
 
 with require_extra("elip_models.integrations.vllm"):
     from vllm.multimodal.processing import (
@@ -29,7 +30,7 @@ class ReducedInfo(BaseProcessingInfo):
     reduces_videos: ClassVar[bool]
 
     @cached_property
-    def strategy(self) -> ImageTokenStrategy:
+    def strategy(self) -> ImageTokenStrategy | Dedup:
         """Return the strategy of the model."""
         return serving_strategy(self.get_hf_config().elip)
 
@@ -73,19 +74,23 @@ class ReducedProcessor(BaseMultiModalProcessor):
     ) -> Sequence[PromptUpdate]:
         """Return what replaces images in the prompt; vLLM's processors define this method."""
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        return [_shorten(update, self.info.strategy) for update in updates]
+        return [self._shorten(update, out_mm_kwargs) for update in updates]
 
+    def _count(self, item: Any, modality: str, length: int) -> int:
+        """Return how many of the `length` tokens of an image stay; `item` has its arguments."""
+        return self.info.strategy.count(length)
 
-def _shorten(update: PromptReplacement, strategy: ImageTokenStrategy) -> PromptReplacement:
-    """Return the replacement of images with fewer placeholders."""
-    content = update.replacement
+    def _shorten(self, update: PromptReplacement, out_mm_kwargs: Any) -> PromptReplacement:
+        """Return the replacement of images with fewer placeholders."""
+        content, modality = update.replacement, update.modality
 
-    def replacement(index: int) -> PromptUpdateDetails:
-        details = content(index) if callable(content) else content
-        if isinstance(details, list):
-            details = PromptUpdateDetails.from_seq(details)
-        ids, is_feature = details.full, details.is_embed
-        flags = [True] * len(ids) if is_feature is None else is_feature(ids).tolist()
-        return replace(details, full=shorten_placeholders(ids, flags, strategy))
+        def replacement(index: int) -> PromptUpdateDetails:
+            details = content(index) if callable(content) else content
+            if isinstance(details, list):
+                details = PromptUpdateDetails.from_seq(details)
+            ids, is_feature = details.full, details.is_embed
+            flags = [True] * len(ids) if is_feature is None else is_feature(ids).tolist()
+            count = self._count(out_mm_kwargs[modality][index], modality, sum(flags))
+            return replace(details, full=shorten_placeholders(ids, flags, count))
 
-    return replace(update, replacement=replacement)
+        return replace(update, replacement=replacement)

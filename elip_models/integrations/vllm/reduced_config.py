@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from elip_models.integrations.vllm.families import FAMILIES, REDUCED, Family
+from elip_models.integrations.vllm.families import DEDUPLICATED, FAMILIES, REDUCED, Family
 from elip_models.integrations.vllm.seams import TESTED, missing_seams
 from elip_models.integrations.vllm.settings import serving_strategy
 from elip_models.validation import require_extra
+from elip_models.vlm.strategies.dedup import Dedup
 
 with require_extra("elip_models.integrations.vllm"):
     import vllm
@@ -28,22 +29,29 @@ def reduce_config(model_config: Any) -> None:
             without the names that the model needs.
     """
     config, architecture = model_config.hf_config, model_config.architecture
-    serving_strategy(config.elip)
+    strategy = serving_strategy(config.elip)
     family, tower = _family_of(model_config), config.vision_config.model_type
+    removes_patches = isinstance(strategy, Dedup)
+    if removes_patches and family.tower is None:
+        fitting = ", ".join(name for name, other in FAMILIES.items() if other.tower is not None)
+        raise ValueError(
+            f"strategy: expected one that reduces {architecture}, whose image tower needs every "
+            f"patch, got {strategy}; take another one, such as 'diverse', or one of {fitting}"
+        )
     if tower in family.refused_towers:
         raise ValueError(
             f"model: expected an image tower whose tokens are adjacent in the prompt, got "
             f"{tower}, with a token between rows; {WHOLE}"
         )
     version = vllm.__version__
-    if missing := missing_seams(architecture):
+    if missing := missing_seams(architecture, removes_patches=removes_patches):
         raise ValueError(
             f"vllm: expected a version with {', '.join(missing)} for fewer image tokens, got "
             f"{version}; install vLLM {TESTED}, or {WHOLE}"
         )
     if not version.startswith(f"{TESTED}."):
         logger.warning("elip-kernels is tested with vLLM %s, got %s", TESTED, version)
-    config.architectures = [f"{REDUCED}{architecture}"]
+    config.architectures = [f"{DEDUPLICATED if removes_patches else REDUCED}{architecture}"]
     model_config.model_arch_config = model_config.get_model_arch_config()
 
 
@@ -51,8 +59,16 @@ def check_options(vllm_config: Any) -> None:
     """Raise ValueError for options that do not fit fewer image tokens, and log the strategy."""
     model_config = vllm_config.model_config
     strategy = serving_strategy(model_config.hf_config.elip)
-    for option, reason in _refused(vllm_config, _family_of(model_config).has_mrope):
+    is_dedup = isinstance(strategy, Dedup)
+    refused = (
+        *_refused(vllm_config, _family_of(model_config).has_mrope),
+        *(_refused_with_patches(model_config.multimodal_config) if is_dedup else ()),
+    )
+    for option, reason in refused:
         raise ValueError(f"{option}: expected it unset with fewer image tokens, {reason}")
+    if is_dedup:
+        logger.info("elip-kernels: %s %s", strategy, strategy.summary)
+        return
     logger.info(
         "elip-kernels: %s keeps %d tokens of an image of %d",
         strategy,
@@ -98,3 +114,20 @@ def _refused(vllm_config: Any, has_mrope: bool) -> Iterator[tuple[str, str]]:
         )
     if has_mrope and parallel.use_ubatching:
         yield "--enable-dbo", "since a step has one buffer for positions; leave it out"
+
+
+def _refused_with_patches(options: Any) -> Iterator[tuple[str, str]]:
+    """Yield the options of images that do not fit fewer patches, and why."""
+    if options.enable_mm_embeds:
+        yield "--enable-mm-embeds", "since 'dedup' needs the pixels of an image; leave it out"
+    if options.mm_encoder_tp_mode == "data":
+        yield (
+            "--mm-encoder-tp-mode",
+            "since vLLM distributes whole images over the ranks; leave it out",
+        )
+    backend = options.mm_encoder_attn_backend
+    if backend is not None and backend.name == "FLASHINFER":
+        yield (
+            "--mm-encoder-attn-backend",
+            "since FLASHINFER has another form of segments; leave it out",
+        )

@@ -36,10 +36,20 @@ SEAMS = (
 )
 """Those that every reduced model overrides or calls."""
 
+PATCH_SEAMS = (
+    "vllm.multimodal.inputs:MultiModalFieldConfig.flat_from_sizes",
+    "vllm.multimodal.processing:BaseDummyInputsBuilder.get_dummy_mm_data",
+    "vllm.multimodal.processing:BaseMultiModalProcessor._get_mm_fields_config",
+    "vllm.multimodal.processing:BaseMultiModalProcessor._postprocess_hf_mm_data",
+)
+"""Those that a model overrides or calls, too, whose image tower reads fewer patches."""
 
-def missing_seams(architecture: str) -> list[str]:
+
+def missing_seams(architecture: str, *, removes_patches: bool = False) -> list[str]:
     """Return the names that a model of this architecture needs and that vLLM does not have."""
-    return missing_names((*SEAMS, *FAMILIES[architecture].seams))
+    family = FAMILIES[architecture]
+    of_patches = (*PATCH_SEAMS, *family.patch_seams) if removes_patches else ()
+    return missing_names((*SEAMS, *family.seams, *of_patches))
 
 
 def missing_names(names: Iterable[str]) -> list[str]:

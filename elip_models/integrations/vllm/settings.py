@@ -14,7 +14,7 @@ FEWEST_TOKENS = 8
 """The least number of tokens of an image. A lower integer was probably meant to be a share."""
 
 
-def serving_strategy(settings: Any) -> ImageTokenStrategy:
+def serving_strategy(settings: Any) -> ImageTokenStrategy | Dedup:
     """Return the strategy of the settings in a model's config, its `elip`.
 
     The settings are the arguments of `reduce_`, `{"strategy": "diverse", "keep": 0.25}`, or those
@@ -70,9 +70,7 @@ def _refusal(strategy: LanguageStrategy) -> str:
 
 def _why_unsupported(strategy: LanguageStrategy) -> str | None:
     """Return the reason why the strategy cannot act in vLLM, or None."""
-    if isinstance(strategy, Dedup):
-        return "it removes patches before the image tower, which is another one in vLLM"
-    if not isinstance(strategy, ImageTokenStrategy):
+    if not isinstance(strategy, ImageTokenStrategy | Dedup):
         return "it acts inside the language model, whose layers read one sequence in vLLM"
     if strategy.reads_question:
         return "it reads the question, and vLLM encodes an image once for all questions"

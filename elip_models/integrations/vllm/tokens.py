@@ -7,17 +7,15 @@ from elip_models.vlm.strategies.base import ImageContext, ImageTokenStrategy
 from elip_models.vlm.strategies.controls import RandomTokens
 
 
-def shorten_placeholders(
-    ids: list[int], is_feature: list[bool], strategy: ImageTokenStrategy
-) -> list[int]:
+def shorten_placeholders(ids: list[int], is_feature: list[bool], count: int) -> list[int]:
     """Return the ids that replace an image in a prompt, with fewer placeholders.
 
     Args:
         ids: of the whole image, text such as a start token included.
         is_feature: whether each id is the placeholder of a feature.
-        strategy: how many features stay.
+        count: how many features stay.
     """
-    surplus = sum(is_feature) - strategy.count(sum(is_feature))
+    surplus = sum(is_feature) - count
     kept: list[int] = []
     for token, is_placeholder in zip(reversed(ids), reversed(is_feature), strict=True):
         if is_placeholder and surplus:

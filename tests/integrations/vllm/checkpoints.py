@@ -13,9 +13,11 @@ from benchmarks.random_models import (
     VISION_END,
     VISION_START,
     byte_tokenizer,
+    qwen_vl,
     save_model,
 )
 from benchmarks.random_models import llava as make_llava
+from benchmarks.random_models import qwen2_5_vl as make_qwen2_5_vl
 
 WIDTH = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4)
 TEXT = WIDTH | dict(
@@ -28,35 +30,9 @@ def text_config(cls: type, token: Callable[[str], int], **settings: Any) -> Any:
     return cls(**TEXT, bos_token_id=token(END), eos_token_id=token(END), **settings)
 
 
-def qwen(config: type, processor: type, videos: type, text: dict, vision: dict) -> Any:
-    tokenizer = byte_tokenizer(VISION_START + IMAGE + VISION_END)
-    token = tokenizer.convert_tokens_to_ids
-    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6])
-    if config is hf.Qwen3VLConfig:
-        rope["mrope_interleaved"] = True
-    ends = dict(bos_token_id=token(END), eos_token_id=token(END))
-    settings = config(
-        text_config=TEXT | text | ends | dict(rope_parameters=rope),
-        vision_config=QWEN | vision,
-        image_token_id=token(IMAGE),
-        video_token_id=token(VIDEO),
-        vision_start_token_id=token(VISION_START),
-        vision_end_token_id=token(VISION_END),
-        tie_word_embeddings=False,
-        **ends,
-    )
-    images = hf.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 64)
-    return settings, processor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        video_processor=videos(),
-        chat_template=tokenizer.chat_template,
-    )
-
-
 def qwen2_5_vl() -> Any:
     vision = dict(intermediate_size=256, window_size=112, fullatt_block_indexes=[1])
-    return qwen(hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor, {}, vision)
+    return make_qwen2_5_vl(TEXT, QWEN | vision, units=64)
 
 
 def clip() -> Any:
@@ -125,21 +101,17 @@ def llava_onevision() -> Any:
 
 
 def qwen2_vl() -> Any:
-    vision = dict(embed_dim=128, mlp_ratio=2)
-    return qwen(hf.Qwen2VLConfig, hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor, {}, vision)
+    vision = QWEN | dict(embed_dim=128, mlp_ratio=2)
+    classes = hf.Qwen2VLConfig, hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor
+    return qwen_vl(*classes, text=TEXT, vision=vision, units=64)
 
 
 def qwen3_vl() -> Any:
-    vision = dict(
+    vision = QWEN | dict(
         intermediate_size=256, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]
     )
-    return qwen(
-        hf.Qwen3VLConfig,
-        hf.Qwen3VLProcessor,
-        hf.Qwen3VLVideoProcessor,
-        dict(head_dim=32),
-        vision,
-    )
+    classes = hf.Qwen3VLConfig, hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor
+    return qwen_vl(*classes, text=TEXT | dict(head_dim=32), vision=vision, units=64)
 
 
 def internvl() -> Any:

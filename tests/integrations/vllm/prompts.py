@@ -1,12 +1,14 @@
 """Requests with images, and what transformers generates for them with `reduce_`."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers as hf
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 from transformers.video_utils import VideoMetadata
 
@@ -16,12 +18,25 @@ from elip_models.vlm.families import find_multimodal
 from tests.integrations.vllm.engines import STEPS, Output
 
 SIZES = ((112, 168), (140, 112), (84, 196))
+ROUNDING = 2e-5
+"""Of log-probabilities, between two implementations of a model in fp32."""
 
 
 def images() -> list[Image.Image]:
     """Return random images of different sizes."""
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in SIZES]
+
+
+def page(seed: int = 0, size: tuple[int, int] = (168, 252)) -> Image.Image:
+    """Return a page of lines and a picture, with white margins."""
+    picture = Image.new("RGB", size, "white")
+    draw, rng = ImageDraw.Draw(picture), np.random.default_rng(seed)
+    for line in range(4):
+        text = " ".join(map(str, rng.integers(10, 99, 5)))
+        draw.text((30, 30 + 14 * line), text, "black")
+    picture.paste(Image.fromarray(rng.integers(0, 255, (40, 70, 3), dtype=np.uint8)), (40, 120))
+    return picture
 
 
 def request(processor: Any, text: str, *pictures: Image.Image) -> dict[str, Any]:
@@ -51,20 +66,52 @@ def next_positions(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, kwargs | {"position_ids": torch.arange(before, before + length)[None]}
 
 
-def clip_request(family: str, text: str) -> dict[str, Any]:
-    """Return a request with a clip of eight frames, and the text behind it."""
-    frames = np.random.default_rng(1).integers(0, 255, (8, 112, 84, 3), dtype=np.uint8)
-    info = dict(fps=2.0, duration=4.0, total_num_frames=8, frames_indices=list(range(8)))
+def clip_request(family: str, text: str, length: int = 8, rate: float = 2.0) -> dict[str, Any]:
+    """Return a request with a clip whose frames have a white band, and the text behind it."""
+    frames = np.random.default_rng(1).integers(0, 255, (length, 112, 84, 3), dtype=np.uint8)
+    frames[:, 28:84] = 255
+    info = dict(fps=rate, duration=length / rate, total_num_frames=length)
+    info |= dict(frames_indices=list(range(length)))
     info |= dict(video_backend="opencv", do_sample_frames=False)
     placeholder = VIDEO if family == "llava_onevision" else VISION_START + VIDEO + VISION_END
     clip = (frames, info) if family == "qwen2_5_vl" else frames
     return {"prompt": f"user: {placeholder}{text}", "multi_modal_data": {"video": clip}}
 
 
+def assert_equal_to(outputs: Iterable[Output], references: Iterable[Output]) -> None:
+    """Assert that tokens are equal, and log-probabilities but for rounding."""
+    for output, reference in zip(outputs, references, strict=True):
+        assert output.prompt_length == reference.prompt_length
+        assert output.tokens == reference.tokens
+        assert output.log_probs == pytest.approx(reference.log_probs, abs=ROUNDING)
+
+
+class TextBehindTimes:
+    """Positions of transformers, in which the text behind a clip continues behind its times too.
+
+    Set it in the place of the `get_rope_index` of a model. `shifts` has the distance to the
+    positions of transformers, for each prompt.
+    """
+
+    def __init__(self, stock: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.stock = stock
+        self.shifts: list[int] = []
+
+    def __call__(
+        self, input_ids: torch.Tensor, *, mm_token_type_ids: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, deltas = self.stock(input_ids, mm_token_type_ids=mm_token_type_ids, **kwargs)
+        text = int(mm_token_type_ids[0].nonzero().max()) + 1
+        shift = positions[..., :text].max() + 1 - positions[0, 0, text]
+        self.shifts.append(int(shift))
+        positions[..., text:] += shift
+        return positions, positions.amax((0, 2))[:, None].to(deltas) + 1 - input_ids.shape[1]
+
+
 class Reference:
     """The model of transformers in a folder, reduced by `reduce_`."""
 
-    def __init__(self, folder: Path, strategy: str, keep: float) -> None:
+    def __init__(self, folder: Path, strategy: str, keep: float | None = None) -> None:
         self.processor = hf.AutoProcessor.from_pretrained(folder)
         model = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
         self.model = elip_models.reduce_(model.eval(), strategy, keep=keep)

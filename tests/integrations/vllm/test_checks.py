@@ -9,6 +9,7 @@ from tests.integrations.vllm.checkpoints import MODELS
 from tests.integrations.vllm.engines import configure
 
 pytestmark = pytest.mark.slow
+DEDUP = {"strategy": "dedup"}
 
 
 def save_config(family, folder):
@@ -41,6 +42,13 @@ def save_config(family, folder):
             {"compilation_config": {"cudagraph_mm_encoder": True}},
             "cudagraph_mm_encoder: expected it unset",
         ),
+        (DEDUP, {"enable_mm_embeds": True}, "--enable-mm-embeds: expected it unset"),
+        (DEDUP, {"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode: expected it unset"),
+        (
+            DEDUP,
+            {"mm_encoder_attn_backend": "FLASHINFER"},
+            "--mm-encoder-attn-backend: expected it unset",
+        ),
     ],
 )
 def test_settings_and_options_that_do_not_fit_are_refused(tmp_path, settings, options, message):
@@ -62,6 +70,12 @@ def test_a_draft_model_is_refused_where_positions_travel_with_features(tmp_path,
     message = "--speculative-config: expected it unset .* a method without one: ngram"
     with pytest.raises(ValueError, match=message):
         configure(tmp_path, {"keep": 0.5}, speculative_config=draft)
+
+
+def test_dedup_is_refused_where_the_image_tower_needs_every_patch(tmp_path):
+    save_config("llava", tmp_path)
+    with pytest.raises(ValueError, match=r"strategy: expected one that reduces Llava.* got dedup"):
+        configure(tmp_path, DEDUP)
 
 
 SMALL = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)

@@ -11,11 +11,18 @@ from elip_models.integrations.vllm.positions import grid_offsets
 from elip_models.integrations.vllm.tokens import select_features
 from tests.integrations.vllm.checkpoints import MODELS, save_checkpoint
 from tests.integrations.vllm.engines import engine, generate
-from tests.integrations.vllm.prompts import Reference, clip_request, images, request, requests
+from tests.integrations.vllm.prompts import (
+    ROUNDING,
+    Reference,
+    TextBehindTimes,
+    assert_equal_to,
+    clip_request,
+    images,
+    request,
+    requests,
+)
 
 pytestmark = pytest.mark.slow
-ROUNDING = 2e-5
-"""Of log-probabilities, between two implementations of a model in fp32."""
 WITH_VIDEOS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl")
 M_ROPE = [family for family in MODELS if family.startswith("qwen")]
 
@@ -23,13 +30,6 @@ M_ROPE = [family for family in MODELS if family.startswith("qwen")]
 @pytest.fixture(scope="module", params=MODELS)
 def folder(request, tmp_path_factory):
     return save_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def assert_equal_to(outputs, references):
-    for output, reference in zip(outputs, references, strict=True):
-        assert output.prompt_length == reference.prompt_length
-        assert output.tokens == reference.tokens
-        assert output.log_probs == pytest.approx(reference.log_probs, abs=ROUNDING)
 
 
 def test_every_family_of_the_table_has_a_checkpoint():
@@ -87,6 +87,20 @@ def test_clips_equal_those_of_transformers(folder):
     with engine(folder, {"strategy": "stride", "keep": 0.3}) as llm:
         outputs = [generate(llm, [prompt])[0] for _ in range(2)]
     assert_equal_to(outputs, [reference.generate(prompt)] * 2)
+
+
+@pytest.mark.parametrize("folder", ["qwen2_5_vl"], indirect=True)
+def test_long_clips_equal_transformers_if_text_continues_behind_their_times(folder):
+    reference = Reference(folder, "stride", 0.3)
+    model = reference.model.model
+    model.get_rope_index = behind = TextBehindTimes(model.get_rope_index)
+    clips = ((6, 2.0), (8, 2.0), (8, 4.0), (12, 2.0), (8, 1.0), (14, 3.0))
+    prompts = [clip_request("qwen2_5_vl", "what happens?", *clip) for clip in clips]
+    with engine(folder, {"strategy": "stride", "keep": 0.3}) as llm:
+        outputs = [generate(llm, [prompt])[0] for prompt in prompts]
+    expected = [reference.generate(prompt) for prompt in prompts]
+    assert [shift > 0 for shift in behind.shifts] == [False] * 3 + [True] * 3
+    assert_equal_to(outputs, expected)
 
 
 @pytest.mark.parametrize("folder", M_ROPE, indirect=True)
