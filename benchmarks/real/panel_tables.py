@@ -110,6 +110,12 @@ def times(document: Document, batch: int) -> dict[str, Interval]:
     return {name: Interval(*each.values()) for name, each in ratios.items()}
 
 
+def widest_time(document: Document) -> float:
+    """Return the width of the widest interval of a time."""
+    ratios = (run["ratios"] for run in document["time"]["runs"])
+    return max(each["high"] - each["low"] for found in ratios for each in found.values())
+
+
 def title(setting: str) -> str:
     """Return a setting as a cell of a table."""
     return DISTILLED.get(setting, f"`{setting}`")

@@ -28,7 +28,7 @@ from elip_models.engine.step_plan import (
 )
 from elip_models.strategies.schedule import Stage
 from elip_models.strategies.strategy import Context, StageInfo, Strategy
-from elip_models.strategies.token_assignment import Slots, slots_of
+from elip_models.strategies.token_assignment import Slots, slots_after
 from elip_models.towers import Tower
 from elip_models.user_warnings import UnguidedWarning, warn_once
 
@@ -245,28 +245,20 @@ class ForwardState:
         else:
             stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
         tower, replay = self._tower_at(i, entering, kwargs), self.infos.get(i)
-        context = Context(
-            self.text_cls,
-            previous,
-            replay,
-            mask=entering.mask,
-            keep=keep,
-            keeps_shifts=self.keeps_shifts,
-        )
+        context = Context(self.text_cls, previous, replay, entering.mask, keep, self.keeps_shifts)
         tokens, info = strategy.step(tower, stage, entering.tokens, context)
-        shift, info = info.shift, info._replace(shift=None)
-        if not strategy.replaces_block:
-            shift = context.shift(entering.tokens, tokens, info.reduction)
+        if self.keeps_shifts and not strategy.replaces_block:
+            info = info._replace(shift=context.shift(entering.tokens, tokens, info.reduction))
         if padding is None:
             self._check_remaining(i, tokens)
         if tower.has_positions and isinstance(info.reduction, ReductionInfo):
             info = info._replace(positions=tower.positions_after(info.reduction))
         return BlockStep(
             tokens,
-            info,
+            info._replace(shift=None),
             positions=info.positions,
             replaced_block=strategy.replaces_block,
-            slots=self._slots_after(info, shift, entering.slots),
+            slots=self._slots_after(info, entering.slots),
             changes_mask=True,
             mask=None if padding is None else info.mask,
         )
@@ -291,15 +283,11 @@ class ForwardState:
         positions = entering.positions
         return tower if positions is None else tower.with_positions(positions)
 
-    def _slots_after(
-        self, info: StageInfo, shift: Tensor | None, slots: Slots | None
-    ) -> Slots | None:
+    def _slots_after(self, info: StageInfo, slots: Slots | None) -> Slots | None:
         """Return where the tokens of block 0 are after a step, if a block must return them."""
         if not (self.on_grid or self.unmerges):
             return slots
-        if slots is None:
-            return slots_of(info.reduction)._replace(shift=shift)
-        return slots.after(info.reduction, shift)
+        return slots_after(slots, info.reduction, info.shift)
 
     def _check_entering(self, i: int, tokens: Tensor) -> None:
         expected = self.counts[i]
@@ -325,13 +313,9 @@ class ForwardState:
         """
         if step.info is not None:
             self.add(i, step.info, step.slots)
-        slots = step.slots
-        if slots is None or not self.returns_grid(i):
-            return step._replace(slots=None)
-        tower = self.tower
-        if tower.pools and tower.needs_grid is None and i == tower.depth - 1:
-            # pooling counts each token by its size
-            slots = slots._replace(shift=None)
+        slots, tower = step.slots if self.returns_grid(i) else None, self.tower
+        if slots is not None and tower.pools and i == tower.depth - 1 and not tower.needs_grid:
+            slots = slots._replace(shift=None)  # each token counts by its size
         return step._replace(slots=slots)
 
     def add(self, i: int, info: StageInfo, slots: Slots | None = None) -> None:

@@ -65,6 +65,15 @@ class Slots(NamedTuple):
         return tokens if self.shift is None else tokens.add_(self.shift.gather(1, first))
 
 
+def slots_after(
+    slots: Slots | None, reduction: BipartiteInfo | ReductionInfo, shift: Tensor | None
+) -> Slots:
+    """Return the assignment after one more step, which moved its tokens by `shift`."""
+    if slots is None:
+        return slots_of(reduction)._replace(shift=shift)
+    return slots.after(reduction, shift)
+
+
 def slots_of(reduction: BipartiteInfo | ReductionInfo) -> Slots:
     """Return the assignment of the tokens that enter one step to those that leave it."""
     if isinstance(reduction, BipartiteInfo) or reduction.slots is not None:
