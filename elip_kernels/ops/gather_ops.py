@@ -37,7 +37,8 @@ def order_key(scores: Tensor, real: Tensor | None) -> Tensor:
 def places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
     """Return (B, N-p): rows of kept candidates in image order, padding last; then the others."""
     key = order_key(scores, real)
-    last = key.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)
+    is_sorted = torch.compiler.is_exporting()  # TensorRT has no other TopK
+    last = key.topk(keep, dim=1, sorted=is_sorted).values.amin(1, keepdim=True)
     above, equal = key > last, key == last
     is_kept = above | (equal & (equal.cumsum(1) <= keep - above.sum(1, keepdim=True)))
     count = is_kept.cumsum(1)
