@@ -278,7 +278,11 @@ def counts_of(size: TowerSize, left: Callable[[int, int], int]) -> tuple[TokenCo
 
 def refuse_symbols(sizes: Iterable[int], name: str) -> None:
     """Raise ValueError if an exported graph has a symbol in place of one of these image sizes."""
-    if torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) for n in sizes):
+    if not torch.compiler.is_exporting():
+        return
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
+
+    if not all(has_static_value(size) for size in sizes):
         raise ValueError(
             f"dynamic_shapes: expected one image size in an exported graph with {name!r}, got any "
             "size; export a graph for each size, or use another strategy, such as 'merge'"

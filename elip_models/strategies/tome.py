@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
 from math import floor
 from typing import ClassVar, Literal
@@ -105,7 +106,7 @@ class ToMe(Strategy):
             if len(r) != depth:
                 raise ValueError(f"r: expected {depth} numbers, one a block, got {len(r)}")
             return r
-        total = floor(r * depth * size.num_patches + 0.5) if isinstance(r, float) else r * depth
+        total = _nearest(r, depth * size.num_patches) if isinstance(r, float) else r * depth
         slope = self.decrease / max(depth - 1, 1)
         bounds = [floor(total * i / depth * (1 + slope * (depth - i))) for i in range(depth + 1)]
         return tuple(b - a for a, b in pairwise(bounds))
@@ -312,6 +313,15 @@ class ToMe(Strategy):
         """Return the strategy with r as a share of the patches, evenly over the blocks."""
         patches = size.depth * size.num_patches  # over all blocks; half of them can merge
         return replace(self, r=round(strength * patches // 2) / patches)
+
+
+def _nearest(share: float, count: int) -> int:
+    """Return share * count, rounded to the nearest integer, and a half up.
+
+    Integers alone are exact where `count` is a symbol: an ONNX graph has such products in fp32.
+    """
+    top, bottom = Fraction(share).limit_denominator(10**6).as_integer_ratio()
+    return (2 * top * count + bottom) // (2 * bottom)
 
 
 def sizes_of(like: Tensor, context: Context) -> Tensor | None:
