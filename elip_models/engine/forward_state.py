@@ -25,12 +25,12 @@ from elip_models.engine.step_plan import (
     inference_cost,
     make_plan,
     warn_of_cost,
+    warn_unguided,
 )
 from elip_models.strategies.schedule import Stage
 from elip_models.strategies.strategy import Context, StageInfo, Strategy
 from elip_models.strategies.token_assignment import Slots, slots_after
 from elip_models.towers import Tower
-from elip_models.user_warnings import UnguidedWarning, warn_once
 
 
 class BlockStep(NamedTuple):
@@ -160,7 +160,7 @@ class ForwardState:
                 "that pools the kept ones alone; unreduce_ it first"
             )
         if text_cls is None and reduction.image_text is not None and strategy.is_guided:
-            _warn_unguided()
+            warn_unguided()
         return forward
 
     def previous(self, i: int) -> StageInfo | None:
@@ -347,15 +347,3 @@ class ForwardState:
         if cls_only:
             return tower.cls_block(i, step.tokens, step.tokens[:, 0])[:, None], step.info
         return tower.block(i, step.tokens), step.info
-
-
-def _warn_unguided() -> None:
-    """Warn once that no text guides the images of a whole model."""
-    if not torch.compiler.is_compiling():
-        warn_once(
-            "the images came alone, or with texts that nothing pairs with them, so they are "
-            "reduced by the image alone (without_text='vision'); guidance(model, paired=True) "
-            "lets each text of the call guide its image, guidance(model, text_cls) takes any "
-            "text, without_text='dense' leaves the images as they were",
-            UnguidedWarning,
-        )

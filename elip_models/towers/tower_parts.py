@@ -221,7 +221,10 @@ class TowerParts:
         attn, heads = self._attention(i), self.num_heads
         projected = self.projected(attn, getattr(self.blocks[i], self.names.norm1)(tokens))
         if isinstance(projected, Tensor):
-            q, k, v = _unbound(projected.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4))
+            parts = projected.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            # an index is one node of ONNX, a part of unbind two
+            exports = torch.compiler.is_exporting()
+            q, k, v = [parts[j] for j in range(3)] if exports else parts.unbind()
         else:
             q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in projected)
         q_norm, k_norm = self._head_norms(attn)
@@ -273,13 +276,6 @@ def run(module: nn.Module, names: Iterable[str], x: Tensor) -> Tensor:
         elif inner is not None:
             x = inner * x
     return x
-
-
-def _unbound(x: Tensor) -> Iterable[Tensor]:
-    """Return the parts of a tensor along its first dimension."""
-    if torch.compiler.is_exporting():  # one node of ONNX for each part, unbind has two
-        return [x[i] for i in range(x.shape[0])]
-    return x.unbind()
 
 
 def normed(norm: nn.Module | None, heads: Tensor) -> Tensor:
