@@ -23,6 +23,7 @@ from benchmarks.real.panel_tables import (
     retrieval_table,
     sets_table,
     variants_table,
+    widest_time,
 )
 from elip_models.saving.files import read_object
 
@@ -127,12 +128,9 @@ def times_note(document: dict[str, Any]) -> str:
     found = document.get("time")
     if found is None:
         return "not measured yet"
-    widest = max(
-        each["high"] - each["low"] for run in found["runs"] for each in run["ratios"].values()
-    )
     return (
         f"{found['dtype']}, one thread, medians of {found['rounds']} interleaved rounds (95% "
-        f"intervals of the median are at most {widest:.2f} wide)"
+        f"intervals of the median are at most {widest_time(document):.2f} wide)"
     )
 
 

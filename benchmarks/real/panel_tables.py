@@ -110,6 +110,12 @@ def times(document: Document, batch: int) -> dict[str, Interval]:
     return {name: Interval(*each.values()) for name, each in ratios.items()}
 
 
+def widest_time(document: Document) -> float:
+    """Return the width of the widest interval of a time."""
+    ratios = (run["ratios"] for run in document["time"]["runs"])
+    return max(each["high"] - each["low"] for found in ratios for each in found.values())
+
+
 def title(setting: str) -> str:
     """Return a setting as a cell of a table."""
     return DISTILLED.get(setting, f"`{setting}`")
@@ -212,9 +218,11 @@ def camvid_table(camvid: Document) -> str:
                 title(entry["setting"]),
                 *(time_text(camvid, entry["setting"], batch) for batch in (BATCH, SINGLE)),
                 *(points(interval_of(gaps[head])) for head in ("own", "dense")),
+                points(interval_of(entry["validation"]["dense"])),
             ]
         )
     header = ["setting", "batch 8", "batch 1", "own head", "head of dense features"]
+    header.append("the same, validation frames")
     return table(header, cells, left=1)
 
 

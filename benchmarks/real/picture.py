@@ -3,9 +3,8 @@
     python -m benchmarks.real.picture docs/merged_tokens.jpg [--photographs FILE ..]
 
 Each panel shows a photograph after a layer: the patches of one token have their mean colour and
-an outline. Below it is the number of tokens without the CLS token. The last panel also has the
-cosine between the features (final CLS tokens) of the reduced and of the dense model. The
-photographs in `photographs/` are from the clothing dataset of Alexey Grigorev, CC0 1.0.
+an outline. Below it is the number of tokens without the CLS token. The photographs in
+`photographs/` are from the clothing dataset of Alexey Grigorev, CC0 1.0.
 """
 
 import argparse
@@ -13,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import elip_models
@@ -33,23 +31,21 @@ def panels(photograph: Path) -> tuple[list[Tensor], list[str]]:
     """Return the pictures (3, S, S) of a photograph after `LAYERS`, and the text below each."""
     model = dinov2.timm_model()
     (images,) = batches([photograph])
-    dense = model(images)
     elip_models.reduce_(model)
     with elip_models.record_stages(model) as infos:
-        cosine = F.cosine_similarity(dense, model(images)).item()
+        model(images)
     (shown,) = batches([photograph], SHOWN)
     mean, std = (torch.tensor(value)[:, None, None] for value in (dinov2.MEAN, dinov2.STD))
     pixels = (shown[0] * std + mean).clamp(0, 1)
     side = dinov2.PIXELS // dinov2.PATCH
     tokens = [torch.arange(side * side)[None], *tokens_of_patches(infos, side * side)]
     texts = [f"{len(tokens[layer].unique())} tokens" for layer in LAYERS]
-    texts[-1] += f"\ncosine {cosine:.3f}"
     return [merged_image(pixels, tokens[layer].view(side, side)) for layer in LAYERS], texts
 
 
 def draw(photographs: Sequence[Path], path: Path) -> None:
     """Write a JPEG with one row of panels for each photograph."""
-    figure = new_figure(3.0 * len(LAYERS), 3.6 * len(photographs) + 0.3)
+    figure = new_figure(3.0 * len(LAYERS), 3.4 * len(photographs) + 0.3)
     rows = figure.subplots(len(photographs), len(LAYERS), squeeze=False)
     for row, photograph in zip(rows, photographs, strict=True):
         for axis, picture, text in zip(row, *panels(photograph), strict=True):

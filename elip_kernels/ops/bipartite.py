@@ -50,6 +50,7 @@ from elip_kernels.ops.gather_ops import (
     sum_rows,
     sums_by,
     take_rows,
+    without_nan,
 )
 from elip_kernels.ops.merge_kernels import merge_bwd, merge_fwd
 
@@ -135,6 +136,8 @@ def bipartite_merge(
         merges=merges,
         num_prefix_tokens=num_prefix_tokens,
     )
+    if exports_onnx():
+        info = info._replace(slots=info.slots.int())
     return (merged, size, info) if return_info else (merged, size)
 
 
@@ -263,7 +266,7 @@ def unit_rows(metric: Tensor) -> Tensor:
     metric = metric.to(accumulator(metric))
     norm = torch.linalg.vector_norm(metric, dim=2, keepdim=True)
     normal = norm.clamp(SMALLEST_SQUARE**0.5, torch.finfo(norm.dtype).max)
-    return metric / norm.masked_fill_(norm != normal, float("nan"))
+    return metric / torch.where(norm == normal, norm, float("nan"))
 
 
 def match_reference(
@@ -305,8 +308,7 @@ def match_reference(
 
 def _partners(unit_a: Tensor, unit_b: Tensor, penalty: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return best - penalty and partner, both (B, A), of unit_a (B, A, C) among unit_b."""
-    similarity = torch.bmm(unit_a, unit_b.mT)
-    best, partner = similarity.nan_to_num_(float("-inf")).max(2)
+    best, partner = without_nan(torch.bmm(unit_a, unit_b.mT)).max(2)
     if penalty is not None:
         best = best - penalty
         best = best.masked_fill(best.isnan(), float("-inf"))
@@ -324,6 +326,7 @@ def _merge_in_onnx(
     """Match and merge with few nodes, the same result as that of the two ops.
 
     Gather all tokens in the order of their rows, the r merged ones last, and add these to theirs.
+    The slots are int64, which later nodes read without a cast.
     """
     (B, N, _), p, device = tokens.shape, num_prefix_tokens, tokens.device
     of_a = torch.arange(p + 1 if p else 0, N, 2, device=device)
@@ -332,23 +335,24 @@ def _merge_in_onnx(
     unit = unit_rows(metric.detach())
     penalty = None if penalty is None else penalty.index_select(1, of_a)
     best, partner = _partners(unit.index_select(1, of_a), unit.index_select(1, of_b), penalty)
-    order = largest(best, A)
-    targets = partner.gather(1, order[:, :r]) + (R - of_b.shape[0])
-    merged, kept = of_a.expand(B, -1).gather(1, order).split([r, A - r], dim=1)
+    merged, kept = largest(best, A).split([r, A - r], dim=1)
+    targets = partner.gather(1, merged) + (R - of_b.shape[0])
     kept = kept.topk(A - r, largest=False).values
-    prefix = torch.arange(p, device=device)
-    order = torch.cat([prefix.expand(B, -1), kept, of_b.expand(B, -1), merged], dim=1)
+    others = torch.arange(A, N, device=device).expand(B, -1)  # prefix and B, after A
+    order = torch.cat([others[:, :p], kept, others[:, p:], merged], dim=1)
+    places = torch.cat([of_a, torch.arange(p, device=device), of_b])
+    order = places.expand(B, -1).gather(1, order)
     rows = torch.cat([torch.arange(R, device=device).expand(B, -1), targets], dim=1)
     if size is None:
         size = tokens.new_ones(B, N, dtype=accumulator(tokens))
-    size = size.gather(1, order)
+    else:
+        size = size.gather(1, order)
     out_size = size.new_zeros(B, R).scatter_add(1, rows, size)
     divisor = out_size.clamp(min=torch.finfo(out_size.dtype).tiny)  # one node, for normal sizes
     weight = size / divisor.gather(1, rows)
-    out, merged = (take_rows(tokens, order) * weight[..., None]).split([R, r], dim=1)
-    out = out.scatter_add(1, targets[..., None].expand_as(merged), merged).to(tokens.dtype)
-    slots = torch.zeros_like(order).scatter(1, order, rows).to(torch.int32)
-    return out, out_size, BipartiteInfo(slots, R)
+    out, added = (take_rows(tokens, order) * weight[..., None]).split([R, r], dim=1)
+    out = out.scatter_add(1, targets[..., None].expand_as(added), added).to(tokens.dtype)
+    return out, out_size, BipartiteInfo(torch.zeros_like(order).scatter(1, order, rows), R)
 
 
 def merge_reference(

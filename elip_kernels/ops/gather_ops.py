@@ -37,7 +37,8 @@ def order_key(scores: Tensor, real: Tensor | None) -> Tensor:
 def places(scores: Tensor, real: Tensor | None, keep: int) -> Tensor:
     """Return (B, N-p): rows of kept candidates in image order, padding last; then the others."""
     key = order_key(scores, real)
-    last = key.topk(keep, dim=1, sorted=False).values.amin(1, keepdim=True)
+    is_sorted = torch.compiler.is_exporting()  # TensorRT has no other TopK
+    last = key.topk(keep, dim=1, sorted=is_sorted).values.amin(1, keepdim=True)
     above, equal = key > last, key == last
     is_kept = above | (equal & (equal.cumsum(1) <= keep - above.sum(1, keepdim=True)))
     count = is_kept.cumsum(1)
@@ -70,17 +71,31 @@ def largest_by_rank(scores: Tensor, count: int) -> Tensor:
     return (key + torch.arange(N, device=scores.device)).topk(count, dim=1, largest=False).indices
 
 
+def without_nan(x: Tensor) -> Tensor:
+    """Return x, which has no infinities, with -inf in place of NaN; x itself may be overwritten."""
+    if torch.compiler.is_exporting():  # two nodes of ONNX, nan_to_num has nine
+        return x.masked_fill(x.isnan(), float("-inf"))
+    return x.nan_to_num_(float("-inf"))
+
+
+def rows_of_batch(rows: Tensor, N: int) -> Tensor:
+    """Return row indices (B, ...) of N rows per image as indices into the B * N rows of all."""
+    if rows.shape[0] == 1 and not torch.jit.is_tracing():  # a trace would be of one image for ever
+        return rows
+    first = N * torch.arange(rows.shape[0], device=rows.device)
+    return rows + first.view(-1, *[1] * (rows.dim() - 1))
+
+
 def flat_rows(rows: Tensor, N: int) -> Tensor:
     """Return row indices (B, ...) of N rows per image as indices into B * N rows, flattened."""
-    if rows.shape[0] == 1 and not is_captured():  # a trace would be of one image for ever
-        return rows.reshape(-1)
-    first = N * torch.arange(rows.shape[0], device=rows.device)
-    return (rows + first.view(-1, *[1] * (rows.dim() - 1))).reshape(-1)
+    return rows_of_batch(rows, N).reshape(-1)
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Return rows (B, R) of x (B, N, D) as (B, R, D), in one pass."""
     B, N, D = x.shape
+    if torch.compiler.is_exporting():  # ONNX gathers by indices of any shape
+        return F.embedding(rows_of_batch(rows, N), x.reshape(B * N, D))
     return x.reshape(B * N, D).index_select(0, flat_rows(rows, N)).view(*rows.shape, D)
 
 

@@ -67,7 +67,7 @@ def image_features(model: nn.Module, new_parts: Sequence[str] = ()) -> tuple[Fun
 def patch_features(model: nn.Module) -> Function:
     """Return the function that gives the feature of each patch (B, P, D), also of reduced models.
 
-    A merged token fills the positions of all its patches; that of a dropped one is zero.
+    A merged patch keeps its own values, and changes as the token does that it is part of.
 
     Raises:
         TypeError: the model has no such features.

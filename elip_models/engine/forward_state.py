@@ -25,12 +25,12 @@ from elip_models.engine.step_plan import (
     inference_cost,
     make_plan,
     warn_of_cost,
+    warn_unguided,
 )
 from elip_models.strategies.schedule import Stage
 from elip_models.strategies.strategy import Context, StageInfo, Strategy
-from elip_models.strategies.token_assignment import Slots, slots_of
+from elip_models.strategies.token_assignment import Slots, slots_after
 from elip_models.towers import Tower
-from elip_models.user_warnings import UnguidedWarning, warn_once
 
 
 class BlockStep(NamedTuple):
@@ -60,6 +60,7 @@ class ForwardState:
     infos: the results of the steps, by block. A step whose result is here is replayed, so that a
         recomputation selects the same tokens.
     slots: `BlockStep.slots` after each step, by block.
+    keeps_shifts: some block returns all tokens of block 0 with `Slots.shift`.
     counts: the tokens that enter each block, and those that leave the last; empty without steps.
     padding: of a padded batch, or None.
     guided_by: the owner of the guidance, see `Guide`.
@@ -99,6 +100,7 @@ class ForwardState:
             self.size = strategy.resized(tower.size)._replace(num_patches=patches)
         self.on_grid = on_grid
         self.unmerges = tower.pools and strategy.merge != "none"
+        self.keeps_shifts = on_grid or tower.needs_grid is not None
         self.infos = {info.stage.first: info for info in replays or ()}
         self.slots: dict[int, Slots | None] = {}
         self.padding: Padding | None = None
@@ -158,7 +160,7 @@ class ForwardState:
                 "that pools the kept ones alone; unreduce_ it first"
             )
         if text_cls is None and reduction.image_text is not None and strategy.is_guided:
-            _warn_unguided()
+            warn_unguided()
         return forward
 
     def previous(self, i: int) -> StageInfo | None:
@@ -243,15 +245,17 @@ class ForwardState:
         else:
             stage, keep = replace(stage, keep=padding.most[i]), padding.keeps[:, i]
         tower, replay = self._tower_at(i, entering, kwargs), self.infos.get(i)
-        context = Context(self.text_cls, previous, replay, mask=entering.mask, keep=keep)
+        context = Context(self.text_cls, previous, replay, entering.mask, keep, self.keeps_shifts)
         tokens, info = strategy.step(tower, stage, entering.tokens, context)
+        if self.keeps_shifts and not strategy.replaces_block:
+            info = info._replace(shift=context.shift(entering.tokens, tokens, info.reduction))
         if padding is None:
             self._check_remaining(i, tokens)
         if tower.has_positions and isinstance(info.reduction, ReductionInfo):
             info = info._replace(positions=tower.positions_after(info.reduction))
         return BlockStep(
             tokens,
-            info,
+            info._replace(shift=None),
             positions=info.positions,
             replaced_block=strategy.replaces_block,
             slots=self._slots_after(info, entering.slots),
@@ -283,7 +287,7 @@ class ForwardState:
         """Return where the tokens of block 0 are after a step, if a block must return them."""
         if not (self.on_grid or self.unmerges):
             return slots
-        return slots_of(info.reduction) if slots is None else slots.after(info.reduction)
+        return slots_after(slots, info.reduction, info.shift)
 
     def _check_entering(self, i: int, tokens: Tensor) -> None:
         expected = self.counts[i]
@@ -309,8 +313,10 @@ class ForwardState:
         """
         if step.info is not None:
             self.add(i, step.info, step.slots)
-        is_complete = step.slots is None or self.returns_grid(i)
-        return step if is_complete else step._replace(slots=None)
+        slots, tower = step.slots if self.returns_grid(i) else None, self.tower
+        if slots is not None and tower.pools and i == tower.depth - 1 and not tower.needs_grid:
+            slots = slots._replace(shift=None)  # each token counts by its size
+        return step._replace(slots=slots)
 
     def add(self, i: int, info: StageInfo, slots: Slots | None = None) -> None:
         """Add the result of the step at block i, and where the tokens of block 0 are after it."""
@@ -341,15 +347,3 @@ class ForwardState:
         if cls_only:
             return tower.cls_block(i, step.tokens, step.tokens[:, 0])[:, None], step.info
         return tower.block(i, step.tokens), step.info
-
-
-def _warn_unguided() -> None:
-    """Warn once that no text guides the images of a whole model."""
-    if not torch.compiler.is_compiling():
-        warn_once(
-            "the images came alone, or with texts that nothing pairs with them, so they are "
-            "reduced by the image alone (without_text='vision'); guidance(model, paired=True) "
-            "lets each text of the call guide its image, guidance(model, text_cls) takes any "
-            "text, without_text='dense' leaves the images as they were",
-            UnguidedWarning,
-        )

@@ -6,11 +6,13 @@ A forward pass reads the plan of its size, which is cached. A compiler traces `m
 from functools import cache
 from typing import NamedTuple
 
+import torch
+
 from elip_models.strategies.flops import inference_ratio
 from elip_models.strategies.schedule import Stage
 from elip_models.strategies.strategy import Strategy
 from elip_models.towers import Tower, TowerSize
-from elip_models.user_warnings import SlowScorerWarning, warn_once
+from elip_models.user_warnings import SlowScorerWarning, UnguidedWarning, warn_once
 
 
 class StepPlan(NamedTuple):
@@ -58,3 +60,15 @@ def warn_of_cost(strategy: Strategy, cost: float) -> None:
         "(FLOPs of the blocks); scorer='last' costs less than dense",
         SlowScorerWarning,
     )
+
+
+def warn_unguided() -> None:
+    """Warn once that no text guides the images of a whole model."""
+    if not torch.compiler.is_compiling():
+        warn_once(
+            "the images came alone, or with texts that nothing pairs with them, so they are "
+            "reduced by the image alone (without_text='vision'); guidance(model, paired=True) "
+            "lets each text of the call guide its image, guidance(model, text_cls) takes any "
+            "text, without_text='dense' leaves the images as they were",
+            UnguidedWarning,
+        )

@@ -8,8 +8,8 @@ The teacher is a frozen dense copy. The loss of an image is
     (1 - cosine of the output features) + (mean over patches of 1 - cosine of the patch features)
 
 The blocks train, in which tokens are merged; the embedding stays as it is. Patch features are those
-after the last norm, after `unmerge`; they count if the strategy keeps the grid, that is, if it
-merges patches instead of dropping them.
+of whole grids after the last norm; they count if the strategy keeps the grid, that is, if it merges
+patches instead of dropping them.
 """
 
 import copy
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from elip_models.analysis.feature_measures import cosine, output_feature
 from elip_models.api import is_reduced, record_stages, reduce_, reduction_summary, unreduce_
+from elip_models.call_context import DenseCall, within
+from elip_models.engine.install import reduction_of
 from elip_models.saving.files import read_state, tensors_sha256, write_tensors
 from elip_models.strategies.strategy import Strategy
-from elip_models.strategies.token_assignment import slots_after
 from elip_models.towers import SelfReducingModel, as_reducible, as_tower, check_module
 from elip_models.validation import (
     Bounds,
@@ -349,29 +350,27 @@ def _require_finite(name: str, i: int, value: Tensor) -> None:
 
 def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the output features (B, D), and patch features (B, N, D) if the grid is kept."""
-    tower, seen = as_tower(model), []
+    tower, reduction, seen = as_tower(model), reduction_of(model), []
+    strategy = None if reduction is None else reduction.strategy
+    has_grid = strategy is None or not (
+        strategy.changes_embedding or strategy.drops_patches or strategy.merge == "none"
+    )
     last = tower.blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out))
+    record = nullcontext([]) if reduction is None else record_stages(model)
+    on_grid = within(DenseCall(reduction)) if has_grid and reduction else nullcontext()
     try:
-        with record_stages(model) if is_reduced(model) else nullcontext([]) as infos:
+        with record as infos, on_grid:
             feature = output_feature(model(images))
     finally:
         last.remove()
-    if is_reduced(model):
-        strategy = reduction_summary(model).strategy
-        if strategy.changes_embedding:  # a smaller image has another grid
-            return feature, None
-        if not infos:
-            raise ValueError(
-                "strategy: expected one that reduces images without a text and in eval mode, got "
-                f"{strategy}"
-            )
+    if strategy is not None and not strategy.changes_embedding and not infos:
+        raise ValueError(
+            "strategy: expected one that reduces images without a text and in eval mode, got "
+            f"{strategy}"
+        )
+    if not has_grid:
+        return feature, None
     tokens = tower.finish(seen[0] if isinstance(seen[0], Tensor) else seen[0][0])
-    if infos:
-        slots = slots_after(info.reduction for info in infos)
-        is_grid = tokens.shape[1] == slots.index.shape[1]  # of a tower that pools its patches
-        if slots.drops or not (is_grid or tokens.shape[1] == slots.num_tokens):
-            return feature, None
-        tokens = tokens if is_grid else slots.unmerged(tokens)
     return feature, tokens[:, tower.num_prefix_tokens :]
 
 

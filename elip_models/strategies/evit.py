@@ -107,7 +107,7 @@ class EViT(Strategy):
     ) -> tuple[Tensor, StageInfo]:
         """Run block `stage.first`, reduced between its attention and its MLP."""
         i, p = stage.first, tower.num_prefix_tokens
-        tokens, row, keys = self._attend(tower, i, tokens)
+        attended, row, keys = self._attend(tower, i, tokens)
         scores = row[:, p:]
         if context.replay is not None:
             chosen = context.replay.reduction.kept - p
@@ -116,20 +116,22 @@ class EViT(Strategy):
         if self.merge == "nearest":
             metric = keys.detach().mean(1)
             tokens, info = merge_nearest(
-                tower, stage, tokens, row.detach(), context, kept=chosen + p, metric=metric
+                tower, stage, attended, row.detach(), context, kept=chosen + p, metric=metric
             )
             return tower.mlp(i, tokens), info
         fused = scores.scatter(1, chosen, 0.0)
-        patches = tokens[:, p:]
-        kept = take_rows(tokens, chosen + p)
-        rows = [tokens[:, :p], kept]
+        patches = attended[:, p:]
+        kept = take_rows(attended, chosen + p)
+        rows = [attended[:, :p], kept]
         if self.merge == "one":
-            rows.append((fused.to(tokens.dtype)[:, None] @ patches).to(tokens.dtype))
+            rows.append((fused.to(attended.dtype)[:, None] @ patches).to(attended.dtype))
         else:
             fused = torch.zeros_like(fused)
         weights = torch.cat([torch.zeros_like(row[:, :p]), fused], dim=1).detach()
         reduction = ReductionInfo(chosen + p, weights, None, p, self.merge == "one")
-        return tower.mlp(i, torch.cat(rows, dim=1)), StageInfo(stage, reduction, row.detach())
+        tokens = torch.cat(rows, dim=1)
+        shift = context.shift(attended, tokens, reduction)
+        return tower.mlp(i, tokens), StageInfo(stage, reduction, row.detach(), shift=shift)
 
     def _attend(self, tower: Tower, i: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return block i's attention output, head-mean CLS row (B, N) and keys (B, H, N, d)."""

@@ -34,16 +34,17 @@ def merge_nearest(
     sizes = None if context.previous is None else context.previous.sizes
     if context.replay is not None:
         reduction = context.replay.reduction
-        tokens, sizes = elip_kernels.apply_merge(tokens, reduction, size=sizes)
-        return tokens, StageInfo(stage, reduction, row, sizes)
-    if kept is None:
-        kept = elip_kernels.select_tokens(row, stage.keep, num_prefix_tokens=p)
-    if metric is None:
-        metric = tower.mean_keys(stage.first, tokens)
-    tokens, sizes, reduction = elip_kernels.merge_nearest(
-        tokens, kept, metric, size=sizes, num_prefix_tokens=p, return_info=True
-    )
-    return tokens, StageInfo(stage, reduction, row, sizes)
+        merged, sizes = elip_kernels.apply_merge(tokens, reduction, size=sizes)
+    else:
+        if kept is None:
+            kept = elip_kernels.select_tokens(row, stage.keep, num_prefix_tokens=p)
+        if metric is None:
+            metric = tower.mean_keys(stage.first, tokens)
+        merged, sizes, reduction = elip_kernels.merge_nearest(
+            tokens, kept, metric, size=sizes, num_prefix_tokens=p, return_info=True
+        )
+    shift = context.shift(tokens, merged, reduction)
+    return merged, StageInfo(stage, reduction, row, sizes, shift=shift)
 
 
 def nearest_flops(size: TowerSize, tokens: int, keep: int) -> int:

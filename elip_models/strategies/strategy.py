@@ -16,6 +16,7 @@ from elip_kernels import BipartiteInfo, ReductionInfo
 from elip_models.strategies import flops
 from elip_models.strategies.flops import CostModel, TokenCounts
 from elip_models.strategies.schedule import Schedule, Stage
+from elip_models.strategies.token_assignment import slots_of
 from elip_models.towers import Tower, TowerSize, as_image_text, as_tower
 from elip_models.towers.merge import Merge, check_merge
 
@@ -30,6 +31,8 @@ class StageInfo(NamedTuple):
         sizes: (B, N) the number of patches in each token, if the strategy counts them.
         positions: (B, N-p) the position of each remaining patch token, if the tower needs it.
         places: (B, N, 2) the row and column of each token, if the strategy needs them.
+        shift: (B, N, D) how far the step moved the values of the tokens that it merged, see
+            `Context.shift`. Only a step that replaces its block must give it; records have None.
     """
 
     stage: Stage
@@ -38,6 +41,7 @@ class StageInfo(NamedTuple):
     sizes: Tensor | None = None
     positions: Tensor | None = None
     places: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def mask(self) -> Tensor | None:
@@ -55,6 +59,7 @@ class Context(NamedTuple):
             recomputed, or of another tower that read the same images.
         mask: (B, N) bool, False for padding; None in a batch without padding.
         keep: (B,) the number of patches that each image of a padded batch keeps, or None.
+        keeps_shifts: a block will return all tokens of block 0, see `token_assignment.py`.
     """
 
     text_cls: Tensor | None = None
@@ -62,6 +67,16 @@ class Context(NamedTuple):
     replay: StageInfo | None = None
     mask: Tensor | None = None
     keep: Tensor | None = None
+    keeps_shifts: bool = False
+
+    def shift(
+        self, before: Tensor, after: Tensor, reduction: BipartiteInfo | ReductionInfo
+    ) -> Tensor | None:
+        """Return how far a step moves the values of tokens (B, N, D), which leave it as (B, R, D).
+
+        None if no block will return all tokens of block 0.
+        """
+        return slots_of(reduction).unmerged(after).sub_(before) if self.keeps_shifts else None
 
 
 class Strategy(CostModel):
@@ -263,7 +278,11 @@ def counts_of(size: TowerSize, left: Callable[[int, int], int]) -> tuple[TokenCo
 
 def refuse_symbols(sizes: Iterable[int], name: str) -> None:
     """Raise ValueError if an exported graph has a symbol in place of one of these image sizes."""
-    if torch.compiler.is_exporting() and any(isinstance(n, torch.SymInt) for n in sizes):
+    if not torch.compiler.is_exporting():
+        return
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
+
+    if not all(has_static_value(size) for size in sizes):
         raise ValueError(
             f"dynamic_shapes: expected one image size in an exported graph with {name!r}, got any "
             "size; export a graph for each size, or use another strategy, such as 'merge'"

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
 from math import floor
 from typing import ClassVar, Literal
@@ -105,7 +106,7 @@ class ToMe(Strategy):
             if len(r) != depth:
                 raise ValueError(f"r: expected {depth} numbers, one a block, got {len(r)}")
             return r
-        total = floor(r * depth * size.num_patches + 0.5) if isinstance(r, float) else r * depth
+        total = _nearest(r, depth * size.num_patches) if isinstance(r, float) else r * depth
         slope = self.decrease / max(depth - 1, 1)
         bounds = [floor(total * i / depth * (1 + slope * (depth - i))) for i in range(depth + 1)]
         return tuple(b - a for a, b in pairwise(bounds))
@@ -196,15 +197,15 @@ class ToMe(Strategy):
             penalty = self.penalty(tower, i, tokens, context)
         if context.mask is not None:
             lengths = context.mask.sum(1)
-        tokens, keys = self._attend(tower, i, tokens, context)
-        before, places = sizes, self._places(tower, tokens, context)
+        attended, keys = self._attend(tower, i, tokens, context)
+        before, places = sizes, self._places(tower, attended, context)
         if context.replay is not None:
             match = context.replay.reduction
-            merged, sizes = elip_kernels.apply_merge(tokens, match, size=sizes)
+            merged, sizes = elip_kernels.apply_merge(attended, match, size=sizes)
         else:
             merged, sizes, match = merge_pairs(
-                tokens,
-                self._metric(tower, tokens, keys, places),
+                attended,
+                self._metric(tower, attended, keys, places),
                 r,
                 size=sizes,
                 penalty=penalty,
@@ -212,7 +213,7 @@ class ToMe(Strategy):
                 merges=None if lengths is None else lengths - p - context.keep,
                 num_prefix_tokens=p,
             )
-        tokens = self.scaled(merged, tokens, match, context.mask)
+        tokens = self.scaled(merged, attended, match, context.mask)
         positions = None
         if self.position == "mean":
             positions = tower.mean_positions(match, before, accumulator(tokens))
@@ -220,7 +221,14 @@ class ToMe(Strategy):
             positions = self.merged_positions(tower, match, context.mask)
         if places is not None:
             places = elip_kernels.apply_merge(places, match, size=before)[0]
-        info = StageInfo(stage, match, sizes=sizes, positions=positions, places=places)
+        info = StageInfo(
+            stage,
+            match,
+            sizes=sizes,
+            positions=positions,
+            places=places,
+            shift=context.shift(attended, tokens, match),
+        )
         return tower.mlp(i, tokens), info
 
     def _places(self, tower: Tower, tokens: Tensor, context: Context) -> Tensor | None:
@@ -305,6 +313,15 @@ class ToMe(Strategy):
         """Return the strategy with r as a share of the patches, evenly over the blocks."""
         patches = size.depth * size.num_patches  # over all blocks; half of them can merge
         return replace(self, r=round(strength * patches // 2) / patches)
+
+
+def _nearest(share: float, count: int) -> int:
+    """Return share * count, rounded to the nearest integer, and a half up.
+
+    Integers alone are exact where `count` is a symbol: an ONNX graph has such products in fp32.
+    """
+    top, bottom = Fraction(share).limit_denominator(10**6).as_integer_ratio()
+    return (2 * top * count + bottom) // (2 * bottom)
 
 
 def sizes_of(like: Tensor, context: Context) -> Tensor | None:

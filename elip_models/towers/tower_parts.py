@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 
 from elip_models.towers.tower_data import QKV, Affine, BlockNames
@@ -85,6 +86,7 @@ class TowerParts:
     num_prefix_tokens: the number of tokens before the patches (CLS, registers); they always stay.
     has_cls: token 0 is CLS, whose attention scores; otherwise a text scores.
     pools: the model averages or attends to all patches after the last block.
+    needs_grid: why its head reads every patch in its place, in one sentence, or None.
     absorbs_keys: a row is computed without a key projection of the tokens.
     is_rotary: blocks rotate queries and keys by the position of their patch.
     adds_bias: blocks add a bias to their attention for each pair of positions.
@@ -117,6 +119,7 @@ class TowerParts:
     num_prefix_tokens: int = 1
     has_cls: bool = True
     pools: bool = False
+    needs_grid: str | None = None
     absorbs_keys: bool = True
     is_rotary: bool = False
     adds_bias: bool = False
@@ -218,7 +221,10 @@ class TowerParts:
         attn, heads = self._attention(i), self.num_heads
         projected = self.projected(attn, getattr(self.blocks[i], self.names.norm1)(tokens))
         if isinstance(projected, Tensor):
-            q, k, v = projected.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+            parts = projected.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            # an index is one node of ONNX, a part of unbind two
+            exports = torch.compiler.is_exporting()
+            q, k, v = [parts[j] for j in range(3)] if exports else parts.unbind()
         else:
             q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in projected)
         q_norm, k_norm = self._head_norms(attn)

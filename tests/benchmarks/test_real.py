@@ -198,9 +198,8 @@ def test_the_picture_counts_the_tokens_of_a_photograph(tmp_path):
 
     pictures, texts = picture.panels(picture.PHOTOGRAPHS[0])
     assert len(pictures) == len(picture.LAYERS) and texts[0] == "256 tokens"
-    counts = [int(text.split()[0]) for text in texts]
+    counts = [int(text.removesuffix(" tokens")) for text in texts]
     assert counts == sorted(counts, reverse=True) and len({*counts}) == len(counts)
-    assert 0.9 < float(texts[-1].partition("\ncosine ")[2]) <= 1
     picture.main([str(tmp_path / "out.jpg"), "--photographs", str(picture.PHOTOGRAPHS[0])])
     with Image.open(tmp_path / "out.jpg") as image:
         assert image.format == "JPEG" and image.width > 2 * image.height  # four panels

@@ -60,3 +60,9 @@ def test_the_class_token_alone_needs_a_model_that_reads_no_other():
         elip_models.reduce_(hf_blip(), strategy=ToMe(class_token_only=True))
     with pytest.raises(ValueError, match="leave out class_token_only"):
         elip_models.create_model("albef_tiny", strategy="tome:class_token_only=true")
+
+
+def test_half_a_merge_is_rounded_up_at_any_image_size():
+    """7/216 of 6 blocks with 18 patches are 3.5 merges; in floating point, a little less."""
+    counts = ToMe(7 / 216).token_counts(as_tower(plain_vit()).size._replace(num_patches=18))
+    assert counts[0].attention - counts[-1].mlp == 4

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from elip_models.integrations.vllm.families import FAMILIES
@@ -23,6 +22,7 @@ from elip_models.validation import require_extra
 from elip_models.vlm.redundant_patches import remaining_units
 
 with require_extra("elip_models.integrations.vllm"):
+    from PIL import Image
     from vllm.multimodal.inputs import MultiModalFieldConfig
     from vllm.multimodal.processing import BaseDummyInputsBuilder
 
