@@ -246,6 +246,7 @@ def test_the_reference_has_every_public_name_of_the_kernels():
 
 
 SCRIPTS = ("readme_table", "readme_chart", "serving", "api_table", "recipes", "panel", "vlm")
+SCRIPTS += ("onnx_exports",)
 
 
 @pytest.mark.parametrize(
