@@ -11,11 +11,12 @@ weights in each graph, so its output is not compared.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from copy import deepcopy
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 import pytest
 import timm
@@ -100,10 +101,13 @@ def operator_shares(program, image, threads, folder):
     feed = {session.get_inputs()[0].name: image.numpy()}
     for _ in range(PROFILED_RUNS):
         session.run(None, feed)
-    microseconds = Counter()
+    runs = defaultdict(list)  # by operator and node
     for event in json.loads(Path(session.end_profiling()).read_text()):
         if event["name"].endswith("_kernel_time"):
-            microseconds[event["args"]["op_name"]] += event["dur"]
+            runs[event["args"]["op_name"], event["name"]].append(event["dur"])
+    microseconds = Counter()
+    for (op, _), durations in runs.items():
+        microseconds[op] += median(durations)
     total = microseconds.total()
     return {op: us / total for op, us in microseconds.most_common() if us >= 0.005 * total}
 

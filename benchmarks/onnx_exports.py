@@ -8,8 +8,8 @@ One row per strategy; for each kind of shape (`SHAPES`) and each route (`ROUTES`
 of `error`, `draws`, `refused` and `failed`. An error is the largest difference of the outputs,
 relative to the largest output, over the sizes in `SHAPES`, none of which was exported.
 
---openvino runs the graphs for any batch in OpenVINO too. --tensorrt compares the operators of all
-graphs to the list of onnx-tensorrt (docs/operators.md there); nothing is run.
+--openvino runs the graphs for any batch size in OpenVINO too. --tensorrt compares their operators
+to the list of onnx-tensorrt (docs/operators.md there); nothing is run.
 """
 
 import argparse
@@ -39,8 +39,9 @@ from elip_models.saving.files import write_file
 COMMITTED = Path(__file__).parent / "results" / "onnx_exports.json"
 SIDE, PATCH = 96, 16
 BOUND = 1e-5
+LEAST, MOST = 4, 40  # rows of patches
 BATCH = torch.export.Dim("batch")
-ROWS = PATCH * torch.export.Dim("rows", min=4, max=40)
+ROWS = PATCH * torch.export.Dim("rows", min=LEAST, max=MOST)
 
 
 class Shape(NamedTuple):
@@ -56,11 +57,11 @@ class Shape(NamedTuple):
 SHAPES = {
     "one batch size": Shape(None, ((2, SIDE),)),
     "any batch size": Shape({0: BATCH}, ((1, SIDE), (3, SIDE))),
-    "any image size": Shape({2: ROWS}, ((2, 64), (2, 176))),
+    "any image size": Shape({2: ROWS}, tuple((2, PATCH * rows) for rows in range(LEAST, MOST + 1))),
 }
 ROUTES = ("model", "program")
 """Export of the model, and of its `torch.export` program."""
-ALSO_IN_OPENVINO = "any batch size", "model"
+FOR_OTHER_RUNTIMES = "any batch size", "model"
 
 
 def small_model(strategy: str, depth: int = 4) -> nn.Module:
@@ -135,25 +136,25 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 @torch.no_grad()
-def measured(
-    strategy: str, shape: str, route: str, *, openvino: bool = False
-) -> tuple[dict[str, Any], set[str]]:
-    """Return the entry of an export, and what its graph needs, see `operators_of`."""
+def measured(strategy: str, shape: str, route: str, *, openvino: bool = False) -> dict[str, Any]:
+    """Return the entry of an export."""
     model = small_model(strategy)
     try:
         program = exported(model, shape, route)
     except Exception as error:
-        return reason_of(error), set()
+        return reason_of(error)
     call = in_onnxruntime(program)
     entry: dict[str, Any] = {"nodes": len(program.graph.node)}
+    is_for_others = (shape, route) == FOR_OTHER_RUNTIMES
+    if is_for_others:
+        entry["operators"] = sorted(operators_of(program))
     if any(node.op_type.startswith("Random") for node in program.graph.node):
         images = torch.randn(2, 3, SIDE, SIDE)
-        entry["draws"] = not torch.equal(call(images), call(images))
-        return entry, operators_of(program)
+        return entry | {"draws": not torch.equal(call(images), call(images))}
     entry["error"] = error_of(call, model, shape)
-    if openvino and (shape, route) == ALSO_IN_OPENVINO:
+    if openvino and is_for_others:
         entry["openvino"] = error_of(in_openvino(program), model, shape)
-    return entry, operators_of(program)
+    return entry
 
 
 def operators_of(program: onnx.ModelProto) -> set[str]:
@@ -192,7 +193,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="Exports at a time.")
     options = parser.parse_args(arguments)
     rows: dict[str, Any] = {}
-    used: dict[str, set[str]] = {strategy: set() for strategy in STRATEGIES}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=spawn, initializer=_silence) as pool:
         futures = {
@@ -200,18 +200,17 @@ def main(arguments: list[str] | None = None) -> int:
             for case in itertools.product(STRATEGIES, SHAPES, ROUTES)
         }
         for (strategy, shape, route), future in futures.items():
-            entry, names = future.result()
+            entry = future.result()
             rows.setdefault(strategy, {}).setdefault(shape, {})[route] = entry
-            used[strategy] |= names
             sys.stderr.write(f"{strategy}, {shape}, {route}: {entry}\n")
-    operators = {strategy: sorted(names) for strategy, names in used.items()}
     packages = ["onnx", "onnxscript", "onnxruntime", *(["openvino"] if options.openvino else [])]
-    document = provenance(packages) | {"bound": BOUND, "strategies": rows, "operators": operators}
+    document = provenance(packages) | {"bound": BOUND, "strategies": rows}
     if options.tensorrt is not None:
+        shape, route = FOR_OTHER_RUNTIMES
         supported = supported_operators(options.tensorrt.read_text())
         document["not_in_tensorrt"] = {
-            strategy: [name for name in names if name not in supported]
-            for strategy, names in operators.items()
+            strategy: [name for name in row[shape][route]["operators"] if name not in supported]
+            for strategy, row in rows.items()
         }
     write_file(options.output, (json.dumps(document, indent=1) + "\n").encode())
     entries = [entry for row in rows.values() for pair in row.values() for entry in pair.values()]

@@ -283,6 +283,7 @@ def test_the_reference_gives_the_path_by_which_a_user_imports():
 
 
 SCRIPTS = ("readme_table", "readme_chart", "serving", "api_table", "recipes", "panel", "vlm")
+SCRIPTS += ("onnx_exports",)
 
 
 @pytest.mark.parametrize(
