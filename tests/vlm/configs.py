@@ -312,11 +312,15 @@ def shaped_patches() -> dict:
 def pooled_patches() -> dict:
     """Return random patches of images of Molmo 2, and which of them make a token."""
     patch = torch.arange(3 * 64).view(3, 4, 2, 4, 2).transpose(2, 3)
-    return {
+    pixels = {
         "pixel_values": torch.randn(3, 64, 48),
         "image_token_pooling": patch.reshape(-1, 4),
         "image_grids": torch.tensor([[4, 4, 0, 0]] * 3),
     }
+    if "image_num_crops" in signature(hf.Molmo2Model.forward).parameters:  # transformers 5.25
+        pixels["image_token_pooling"] %= 64  # among the patches of the image, not of the batch
+        pixels["image_num_crops"] = torch.ones(3, dtype=torch.long)
+    return pixels
 
 
 def video_llava_images() -> dict:

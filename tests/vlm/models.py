@@ -95,9 +95,9 @@ def one_row(inputs: dict, row: int) -> dict:
         elif f"{key.replace('pixel_values', 'image')}_grid_thw" in inputs and "pixel" in key:
             sizes = inputs["image_grid_thw"].prod(1).tolist()
             alone[key] = torch.cat(value.split(sizes)[images])
-        elif key == "image_token_pooling":  # the patches of each token among those of all images
-            first = images.start * inputs["pixel_values"].shape[1]
-            alone[key] = value.view(3, -1, 4)[images].flatten(0, 1) - first
+        elif key == "image_token_pooling":  # before transformers 5.25, patches of all images
+            patches = 0 if "image_num_crops" in inputs else inputs["pixel_values"].shape[1]
+            alone[key] = value.view(3, -1, 4)[images].flatten(0, 1) - images.start * patches
         elif "video" not in key:
             alone[key] = value[images]
         elif row == 0:
