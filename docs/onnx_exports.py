@@ -15,7 +15,7 @@ from benchmarks.tables import milliseconds, ratio, table
 from elip_models.saving.files import read_object
 
 PAGE = Path(__file__).resolve().with_name("serve.md")
-TIMES = COMMITTED.parent / "amd-epyc-2-cores" / "bench.json"
+TIMES = COMMITTED.parent / "intel-xeon-2-cores" / "bench.json"
 TOWER = "vit_small_patch16_224"
 
 Document = dict[str, Any]
