@@ -31,19 +31,14 @@ def block(document: dict[str, Any]) -> str:
     strategy, keep = f"`{arguments['strategy']}`", arguments["keep"]
     label = strategy if keep is None else f"`keep={keep}`"
     settings = strategy if keep is None else f"{strategy} and {label}"
-    level = document.get("level")
-    speedup = (
-        "with the lowest and the highest speedup"
-        if level is None
-        else f"and the geometric mean of the speedup with its {level:.0%} bootstrap interval"
-    )
     fewer = reduced if keep is not None else f"at most {reduced}"
     changed = " with uncommitted changes" if document["commit"]["dirty"] else ""
     note = (
         f"{model}, {images}, {arguments['new_tokens']} new tokens: a prompt has {stock} tokens, "
         f"and {fewer} with {settings}. Each request has an image of its own. Both servers run at "
         "the same time on the same cores, and receive the same requests in turn; medians of "
-        f"{arguments['rounds']} rounds, {speedup}. "
+        f"{arguments['rounds']} rounds, and the geometric mean of the speedup with its "
+        f"{document['level']:.0%} bootstrap interval. "
         f"{document['device']}, {document['threads']} threads, vLLM {engine}, torch "
         f"{versions['torch']}, {document['date']}, commit {document['commit']['id'][:7]}{changed}."
     )
