@@ -136,9 +136,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 @torch.no_grad()
-def measured(strategy: str, shape: str, route: str, *, openvino: bool = False) -> dict[str, Any]:
+def measured(
+    strategy: str, shape: str, route: str, *, depth: int = 4, openvino: bool = False
+) -> dict[str, Any]:
     """Return the entry of an export."""
-    model = small_model(strategy)
+    model = small_model(strategy, depth)
     try:
         program = exported(model, shape, route)
     except Exception as error:

@@ -1,7 +1,6 @@
 """Baselines on ELIP's schedule: TRIPS, random pruning and patch dropout."""
 
 from dataclasses import dataclass, replace
-from math import floor
 from typing import ClassVar, Self
 
 import torch
@@ -11,6 +10,7 @@ from elip_models.strategies.elip import ELIP, Staged
 from elip_models.strategies.flops import TokenCounts
 from elip_models.strategies.schedule import Schedule, Stage
 from elip_models.strategies.scorers import ScorerName
+from elip_models.strategies.shares import floor_of
 from elip_models.strategies.strategy import Context, StageInfo, Strategy, least_share
 from elip_models.towers import Tower, TowerSize
 from elip_models.towers.merge import Merge
@@ -115,7 +115,7 @@ class PatchDropout(RandomKeep):
 
     def _num_kept(self, size: TowerSize) -> int:
         """Return the number of patches that stay."""
-        return max(1, floor(self.with_rate(size).keep_ratio * size.num_patches))
+        return max(1, floor_of(self.with_rate(size).keep_ratio, size.num_patches))
 
     def at_strength(self, size: TowerSize, strength: float) -> Strategy:
         return replace(self, keep_ratio=1 - strength * (1 - least_share(size)))

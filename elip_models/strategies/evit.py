@@ -1,6 +1,5 @@
 """EViT: reduce between a block's attention and its MLP, by the CLS row of that attention."""
 
-import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -14,6 +13,7 @@ from elip_kernels.ops.gather_ops import largest, take_rows
 from elip_models.strategies.flops import TokenCounts
 from elip_models.strategies.nearest import merge_nearest, nearest_flops
 from elip_models.strategies.schedule import Stage
+from elip_models.strategies.shares import ceil_of
 from elip_models.strategies.strategy import Context, StageInfo, Strategy, counts_of, least_share
 from elip_models.towers import Tower, TowerSize
 from elip_models.towers.attention_rows import attention_row
@@ -80,7 +80,7 @@ class EViT(Strategy):
         if at[-1] >= depth:
             raise ValueError(f"layers: expected blocks below {depth}, the depth, got {at[-1]}")
         for i, following in pairwise((*at, depth)):
-            keep = math.ceil(keep_ratio * candidates)
+            keep = ceil_of(keep_ratio, candidates)
             if keep < candidates:
                 stages.append(Stage(i, following - i, keep))
                 candidates = keep + self.num_merged

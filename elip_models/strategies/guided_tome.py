@@ -10,7 +10,6 @@ protected token merges only after all others. Other tokens may still merge into 
 """
 
 from dataclasses import dataclass
-from math import floor
 from typing import ClassVar, Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from elip_kernels.ops.gather_ops import largest
 from elip_models.strategies.elip import ELIP, Guided, query_of
+from elip_models.strategies.shares import floor_of
 from elip_models.strategies.strategy import Context, refuse_symbols
 from elip_models.strategies.tome import ToMe
 from elip_models.towers import Tower, TowerSize
@@ -64,12 +64,12 @@ class GuidedToMe(Guided, ToMe):
             row = tower.cls_attention(i, tokens, cls, mask=mask)
             patches = row[:, p:]
             refuse_symbols(patches.shape[1:], self.name)
-            count = floor(self.protect * patches.shape[1])
+            count = floor_of(self.protect, patches.shape[1])
             protected = largest(patches, count) + p
             least = torch.finfo(row.dtype).tiny
             importance = row / patches.amax(1, keepdim=True).clamp(min=least)
             added = torch.full_like(protected, PROTECTION, dtype=row.dtype)
             if mask is not None:  # each image protects a share of its own patches
-                own = (self.protect * mask[:, p:].sum(1, dtype=torch.float64)).long()
+                own = floor_of(self.protect, mask[:, p:].sum(1))
                 added *= torch.arange(count, device=added.device) < own[:, None]
             return (self.weight * importance).scatter_add(1, protected, added)

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
+from elip_models.strategies.shares import floor_of
 from elip_models.validation import check_fields, shortened
 
 GROUP = re.compile(r"([0-9]{1,4})\(([0-9]{1,3}(?:\.[0-9]{1,400})?)%\)")
@@ -139,7 +140,7 @@ class Schedule:
         counted = num_patches + 1 if self.count_cls else num_patches
         for layers, ratio in self.groups:
             if ratio < 1.0:
-                keep = math.floor(counted * ratio)
+                keep = floor_of(ratio, counted)
                 if not 1 <= keep <= num_patches:
                     raise ValueError(
                         f"schedule: expected 1 to {num_patches} kept patches of {num_patches}, got "

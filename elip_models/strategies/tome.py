@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from itertools import pairwise
 from math import floor
 from typing import ClassVar, Literal
@@ -17,6 +16,7 @@ from elip_kernels.ops.gather_ops import accumulator
 from elip_models.strategies import nearness
 from elip_models.strategies.flops import TokenCounts
 from elip_models.strategies.schedule import Stage
+from elip_models.strategies.shares import nearest_to
 from elip_models.strategies.strategy import Context, StageInfo, Strategy, counts_of
 from elip_models.towers import Tower, TowerSize
 from elip_models.towers.merge import Merge
@@ -106,7 +106,7 @@ class ToMe(Strategy):
             if len(r) != depth:
                 raise ValueError(f"r: expected {depth} numbers, one a block, got {len(r)}")
             return r
-        total = _nearest(r, depth * size.num_patches) if isinstance(r, float) else r * depth
+        total = nearest_to(r, depth * size.num_patches) if isinstance(r, float) else r * depth
         slope = self.decrease / max(depth - 1, 1)
         bounds = [floor(total * i / depth * (1 + slope * (depth - i))) for i in range(depth + 1)]
         return tuple(b - a for a, b in pairwise(bounds))
@@ -313,15 +313,6 @@ class ToMe(Strategy):
         """Return the strategy with r as a share of the patches, evenly over the blocks."""
         patches = size.depth * size.num_patches  # over all blocks; half of them can merge
         return replace(self, r=round(strength * patches // 2) / patches)
-
-
-def _nearest(share: float, count: int) -> int:
-    """Return share * count, rounded to the nearest integer, and a half up.
-
-    Integers alone are exact where `count` is a symbol: an ONNX graph has such products in fp32.
-    """
-    top, bottom = Fraction(share).limit_denominator(10**6).as_integer_ratio()
-    return (2 * top * count + bottom) // (2 * bottom)
 
 
 def sizes_of(like: Tensor, context: Context) -> Tensor | None:

@@ -33,10 +33,10 @@ def test_the_committed_results_have_every_strategy_and_no_wrong_output():
 @pytest.mark.parametrize(
     ("strategy", "shape", "route"),
     [
-        ("merge", "any batch size", "program"),
+        ("merge", "any image size", "model"),
+        ("tome", "any batch size", "program"),
         ("evit", "any image size", "model"),
         ("guided_tome", "one batch size", "program"),
-        ("guided_tome", "any image size", "model"),
         ("elip", "any image size", "program"),
         ("trips", "any batch size", "model"),
         ("random", "any batch size", "program"),
@@ -44,7 +44,8 @@ def test_the_committed_results_have_every_strategy_and_no_wrong_output():
     ],
 )
 def test_an_export_has_the_outcome_of_the_committed_results(strategy, shape, route):
-    entry = measured(strategy, shape, route)
+    """With fewer blocks than there, of which each adds seconds to an export."""
+    entry = measured(strategy, shape, route, depth=3)
     assert entry.keys() == committed()[strategy][shape][route].keys() - {"openvino"}
     assert entry.get("error", 0.0) <= BOUND
     assert entry.get("draws", True)
