@@ -33,11 +33,12 @@ def exports(document: Document) -> str:
             rows[-1].append(cell(entry))
             for outcome in ("refused", "failed"):
                 if outcome in entry:
-                    reasons.setdefault(f"{outcome}: {entry[outcome]}", []).append(strategy)
+                    reason = entry[outcome].replace(repr(strategy), "this strategy")
+                    reasons.setdefault(f"{outcome}: {reason}", []).append(strategy)
     versions = document["versions"]
     note = (
         f"Small ViT, fp32, torch {versions['torch']}, onnxruntime {versions['onnxruntime']}. A "
-        "number is the largest difference to PyTorch, relative to the largest output, at batch "
+        "number is the largest difference from PyTorch, relative to the largest output, at batch "
         "sizes and image sizes other than those of the example. `program`: an exported program "
         f"becomes the file. At most {document['bound']:.0e} counts as exact."
     )

@@ -167,11 +167,10 @@ def panel_table(panel: Document, measure: str) -> str:
     return table(["setting", "batch 8", "batch 1", "mean", *names], cells, left=1)
 
 
-def contrasts(panel: Document) -> Iterator[tuple[str, str, dict[str, Interval], Interval]]:
-    """Yield pairs of settings of about equal time, with first minus second by set and on average.
-
-    Own probes are compared.
-    """
+def contrasts(
+    panel: Document, measure: str = OWN
+) -> Iterator[tuple[str, str, dict[str, Interval], Interval]]:
+    """Yield pairs of settings of about equal time, with first minus second: by set, on average."""
     ratios = times(panel, BATCH)
     first, *_ = panel["sets"].values()
     names = [entry["setting"] for entry in first["settings"] if entry["setting"] in ratios]
@@ -181,8 +180,8 @@ def contrasts(panel: Document) -> Iterator[tuple[str, str, dict[str, Interval], 
                 continue
             sets = {
                 name: contrast(
-                    found["settings"][i]["correct"][OWN],
-                    found["settings"][j]["correct"][OWN],
+                    found["settings"][i]["correct"][measure],
+                    found["settings"][j]["correct"][measure],
                     found["photographs"],
                 )
                 for name, found in panel["sets"].items()

@@ -2,9 +2,9 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from elip_models.validation import (
     PACKAGES,
@@ -22,6 +22,7 @@ with require_extra("elip_models.commands"):
     from rich.markup import escape
 
 if TYPE_CHECKING:
+    from onnxruntime import NodeArg
     from torch import Tensor, nn
 
 DYNAMIC = "dynamic"
@@ -67,14 +68,16 @@ def export(
         content = _exported(reduced, count)
     write_file(output, content)
     with console.status("running onnxruntime"):
-        difference, largest = _compare(reduced, output, count or 3)
+        found = _compare(reduced, output, count or 3)
     weights = sum(parameter.numel() for parameter in reduced.parameters()) / 1e6
     lines = (
         str(reduction_summary(reduced)),
         f"parameters        {weights:.1f} M",
         f"file              {output}, {len(content) / 1e6:.1f} MB",
-        f"difference        {difference:.1e} at most between onnxruntime and PyTorch, "
-        f"where outputs go up to {largest:.2g}",
+        f"inputs            {found.inputs}",
+        f"outputs           {found.outputs}",
+        f"difference        {found.difference:.1e} at most between onnxruntime and PyTorch, "
+        f"where outputs go up to {found.largest:.2g}",
     )
     Console().print(escape("\n".join(lines)), soft_wrap=True, highlight=False)
 
@@ -147,8 +150,17 @@ def _exported(model: "nn.Module", count: int | None) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def _compare(model: "nn.Module", path: Path, count: int) -> tuple[float, float]:
-    """Return the largest difference between the outputs of both, and the largest output."""
+class _Compared(NamedTuple):
+    """Inputs and outputs of a file, its largest difference from PyTorch, the largest output."""
+
+    inputs: str
+    outputs: str
+    difference: float
+    largest: float
+
+
+def _compare(model: "nn.Module", path: Path, count: int) -> _Compared:
+    """Return what the file returns for `count` images, beside PyTorch."""
     import onnxruntime
     import torch
 
@@ -161,7 +173,16 @@ def _compare(model: "nn.Module", path: Path, count: int) -> tuple[float, float]:
         (torch.from_numpy(output) - tensor).abs().max()
         for output, tensor in zip(outputs, expected, strict=True)
     ]
-    return float(max(differences)), float(max(tensor.abs().max() for tensor in expected))
+    return _Compared(
+        *(_described(each) for each in (session.get_inputs(), session.get_outputs())),
+        float(max(differences)),
+        float(max(tensor.abs().max() for tensor in expected)),
+    )
+
+
+def _described(tensors: "Sequence[NodeArg]") -> str:
+    """Return names and shapes of inputs or outputs, such as 'x (batch, 3, 224, 224)'."""
+    return ", ".join(f"{each.name} ({', '.join(map(str, each.shape))})" for each in tensors)
 
 
 def _tensors_in(output: Any) -> "Iterator[Tensor]":

@@ -25,8 +25,11 @@ def test_an_image_model_for_any_number_of_images(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert difference(printed) < 1e-4
     assert "elip(schedule=" in printed and str(file) in printed
-    (given,) = onnxruntime.InferenceSession(file).get_inputs()
+    session = onnxruntime.InferenceSession(file)
+    (given,), (returned,) = session.get_inputs(), session.get_outputs()
     assert given.shape == ["batch", 3, 96, 96]
+    assert re.search(rf"inputs +{given.name} \(batch, 3, 96, 96\)\n", printed)
+    assert re.search(rf"outputs +{returned.name} \(batch, 1000\)\n", printed)
     assert [path.name for path in tmp_path.iterdir()] == ["vit.onnx"]
 
 
