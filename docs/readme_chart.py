@@ -44,7 +44,7 @@ LINES = {
     "random": ("random pruning", "#cc79a7", "v"),
 }
 """Name of the strategy in a setting: its name in the chart, colour, marker."""
-LOWEST = -8.0
+LOWEST = -9.0
 """Points of change at the lower end of a panel; an arrow and a number stand for worse means."""
 Points = dict[str, list[tuple[float, Interval]]]
 """Time and difference of the settings of each strategy."""
@@ -67,8 +67,8 @@ def draw(panel: dict[str, Any], camvid: dict[str, Any], path: Path) -> None:
         ),
         "Segmentation (CamVid)": by_strategy(camvid, on_camvid),
     }
-    with matplotlib.rc_context(STYLE):
-        size = (9.6, 3.6)
+    with matplotlib.rc_context(STYLE | {"font.size": 10.5}):
+        size = (10.4, 4.0)
         figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
         for each, (title, points) in zip(axes, panels.items(), strict=True):
             _panel(each, points, title)
@@ -98,7 +98,7 @@ def _panel(axes: "Axes", points: Points, title: str) -> None:
     for strategy, found in points.items():
         label, colour, marker = LINES[strategy]
         shown = [(time, gap) for time, gap in found if 100 * gap.mean > LOWEST]
-        style = {"color": colour, "marker": marker, "markersize": 5, "label": label}
+        style = {"color": colour, "marker": marker, "markersize": 6, "label": label}
         widths = {"linestyle": "none", "elinewidth": 0.8, "capsize": 2}
         time = [each for each, _ in shown]
         mean = [100 * gap.mean for _, gap in shown]
@@ -116,7 +116,7 @@ def _panel(axes: "Axes", points: Points, title: str) -> None:
     axes.axhline(0.0, color=GREY, linewidth=0.8)
     axes.set_xlim(0.37, 1.06)
     axes.set_ylim(LOWEST, 2.0)
-    axes.set_title(title, fontsize=9, color=GREY, pad=10)
+    axes.set_title(title, fontsize=11, color=GREY, pad=10)
     axes.set_xlabel("time relative to dense, batch 8")
     axes.grid(color=GREY, alpha=0.25, linewidth=0.5)
 
