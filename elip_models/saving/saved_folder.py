@@ -183,14 +183,15 @@ def _replaced(path: Path) -> Path:
 
 
 def _names(folder: Path, patterns: Sequence[str]) -> list[str]:
-    """Return the names in a folder of files of a save; a README.md that was edited is none."""
+    """Return the names in a folder of files of a save."""
     names = os.listdir(folder) if folder.is_dir() else []
-    return sorted(
-        name
-        for name in names
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
-        and (name != README or _is_signed(folder / name))
-    )
+    return sorted(name for name in names if _is_of_a_save(folder / name, patterns))
+
+
+def _is_of_a_save(file: Path, patterns: Sequence[str]) -> bool:
+    """Whether a file has a name of a save; a README.md that was edited is the user's."""
+    matches = any(fnmatchcase(file.name, pattern) for pattern in patterns)
+    return matches and (file.name != README or _is_signed(file))
 
 
 def _check_replaceable(path: Path, earlier: list[str]) -> None:
@@ -301,7 +302,7 @@ def _link_others(old: Path, new: Path, patterns: Sequence[str]) -> None:
         return {
             name
             for name in names
-            if (into == new and (name in _names(old, patterns) or name.startswith(SAVING)))
+            if (into == new and (_is_of_a_save(old / name, patterns) or name.startswith(SAVING)))
             or (os.path.lexists(into / name) and not _is_real_folder(os.path.join(folder, name)))
         }
 
@@ -318,6 +319,8 @@ def _is_real_folder(path: str) -> bool:
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
+    except FileNotFoundError:  # removed since the folder was listed
+        return
     except OSError:  # the file system has no links, or the file is another user's
         shutil.copy2(source, target)
 

@@ -1,7 +1,7 @@
 """A save replaces the files of an earlier one, and nothing else in the folder."""
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -82,20 +82,35 @@ def test_a_folder_that_cannot_be_replaced_is_refused_and_filled_if_it_has_no_sav
 
 
 def test_saves_at_once_leave_one_of_them(tmp_path):
-    folders = [tmp_path / "model"] * 8
-    save(folders[0], config_json="{}")
-    names = ["elip_json", "adapter_json"] * 4
-    threads = [
-        threading.Thread(target=save, args=(folder,), kwargs={"config_json": f"[{i}]", name: "{}"})
-        for i, (folder, name) in enumerate(zip(folders, names, strict=True))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    found = texts(tmp_path / "model")
+    folder = tmp_path / "model"
+    save(folder, config_json="{}")
+    (folder / "notes.txt").write_text("mine")
+    names = ["elip_json", "adapter_json"] * 16
+    with ThreadPoolExecutor(8) as pool:
+        saves = [
+            pool.submit(save, folder, config_json=f"[{i}]", **{name: "{}"})
+            for i, name in enumerate(names)
+        ]
+    for done in saves:
+        done.result()  # none has failed
+    found = texts(folder)
     number = int(found.pop("config.json").strip("[]"))
-    assert found == {names[number].replace("_", "."): "{}"}
+    assert found == {names[number].replace("_", "."): "{}", "notes.txt": "mine"}
+
+
+def test_a_file_that_is_removed_during_a_save_does_not_stop_it(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    save(folder, config_json="{}")
+    (folder / "notes.txt").write_text("mine")
+    link = os.link
+
+    def removed(source, target):
+        os.unlink(source)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", removed)
+    save(folder, config_json="[]")
+    assert texts(folder) == {"config.json": "[]"}
 
 
 def test_a_hidden_folder_that_another_save_takes_for_a_left_one_is_made_again(
