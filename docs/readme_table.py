@@ -39,41 +39,55 @@ TABLE = {
     "resize:size=196": "dense@294",
     "tome 0.715": "tome 0.715",
     "evit 0.725": "evit 0.725",
-    "random 0.735": "",
-    "merge 0.455": "",
     "resize_merge 0.5": "merge 0.7@294",
     "resize:size=168": "dense@252",
     "distilled_resize_merge": "",
     "distilled_resize": "",
 }
 """Settings of the panel, and those of the same strategy and about the same time on CamVid."""
-STUDIES = "finetune", "clip"
 RECALL, OTHER_RECALL = "text_to_image_r5", "image_to_text_r5"
 CLIP_KEEP, CLIP_ARMS = 0.5, (DEFAULT.name, "resize")
 LANGUAGE_STRATEGY, LANGUAGE_KEEP = "diverse", 0.25
+Case = tuple[str, str, str]
+"""What a reader has, what to use, and what was measured."""
 
 
 def headline(panel: dict[str, Any]) -> str:
-    """Return what the default and half of the time cost, beside a smaller image."""
+    """Return what the default costs, beside a smaller image."""
     rows = {row.setting: row.mean for row in panel_tables.rows(panel, TOP1)}
     time, other = (panel_tables.times(panel, 8)[name].mean for name in (DEFAULT_SETTING, SMALLER))
-    change, smaller, *half = (
-        panel_tables.points(rows[name]) for name in (DEFAULT_SETTING, SMALLER, *DISTILLED)
-    )
+    change, smaller = (panel_tables.points(rows[name]) for name in (DEFAULT_SETTING, SMALLER))
     lost = -100 * rows[DEFAULT_SETTING].mean
     return (
         f"**About {1 / time:.1f} times as fast in batches, for {lost:.1f} points of top-1, without "
-        "training.** That is the default in a DINOv2 ViT-S/14 with batches of 8 on one CPU thread "
-        f"(no GPU yet): it runs in {percent(time)} of the time, and linear classifiers change by "
-        f"{change} points, averaged over {len(panel['sets'])} data sets, with the 95% interval in "
-        f"brackets. With a smaller image it is {percent(other)} and {smaller}. At half the time, "
-        "after [distillation](docs/calibrate.md#recover-quality-without-labels) on unlabelled "
-        "photographs like those measured, they change by "
-        f"{half[0]} with a smaller image and merging, and by {half[1]} with a smaller image alone."
+        "training.** Measured with a DINOv2 ViT-S/14 and batches of 8 on one CPU thread (no GPU "
+        f"yet): the default takes {percent(time)} of the time. Linear classifiers, fitted before, "
+        f"change by {change} points on the mean of {len(panel['sets'])} data sets; brackets are "
+        "95% intervals. With a smaller image instead, "
+        f"it is {percent(other)} of the time and {smaller} points."
     )
 
 
-def against(panel: dict[str, Any], camvid: dict[str, Any]) -> str:
+def cases(results: Path) -> str:
+    """Return a table of what to use, and how it compares with the official code."""
+    tasks, panel, camvid, finetuned, clip = (
+        read_object(results / "real" / f"{name}.json")
+        for name in ("tasks_test", "panel", "camvid", "finetune", "clip")
+    )
+    rows = [
+        *classifiers(panel),
+        *masks(camvid),
+        index(tasks),
+        single_images(tasks, read_object(results / "intel-xeon-2-cores" / "bench.json")),
+        vision_language_models(results),
+        training(finetuned, clip),
+    ]
+    compared = beside_tome(read_object(results / "official_tome.json"))
+    header = ["your case", "use", "measured"]
+    return f"{table(header, [list(row) for row in rows], left=3)}\n\n{compared}"
+
+
+def classifiers(panel: dict[str, Any]) -> list[Case]:
     """Return the default minus a smaller image of its time, and minus `tome`, paired."""
     kept, fitted = (
         {(left, right): mean for left, right, _, mean in panel_tables.contrasts(panel, measure)}
@@ -83,47 +97,42 @@ def against(panel: dict[str, Any], camvid: dict[str, Any]) -> str:
         panel_tables.points(found[DEFAULT_SETTING, other])
         for found, other in ((kept, SMALLER), (fitted, SMALLER), (kept, "tome 0.715"))
     )
-    totals = {entry["setting"]: entry["totals"]["dense"] for entry in camvid["settings"]}
-    pair = totals[TABLE[DEFAULT_SETTING]], totals[TABLE[SMALLER]]
-    masks = panel_tables.points(difference_of_groups(*pair))
-    return (
-        "**Merging or a smaller image?** At about the same time, the default minus a smaller image "
-        f"is {smaller} points of top-1 if the head stays and {refitted} if it is fitted again, "
-        f"which are ties, and {masks} points of mIoU for masks. Merge if the head stays, if every "
-        "patch counts, or if features must stay close to the dense ones. Otherwise try a smaller "
-        f"image first: it is simpler. The default minus `tome` is {tome} points of top-1."
-    )
+    half = dict(zip(DISTILLED, distilled(panel), strict=True))
+    return [
+        (
+            "a classifier",
+            f"`{DEFAULT.name}` with `keep={DEFAULT_KEEP}`, the default; a smaller image, which is "
+            "simpler, if you fit the classifier again",
+            "top-1 of the default against a smaller image of about the same time: "
+            f"{smaller} points, and {refitted} fitted again, both ties; against `tome`: {tome}",
+        ),
+        (
+            "the same at half of the time, with unlabelled photographs",
+            "a smaller image or `resize_merge`, [distilled](docs/calibrate.md#recover-quality-"
+            "without-labels)",
+            f"top-1 changes by {half[DISTILLED[1]]} and {half[DISTILLED[0]]}",
+        ),
+    ]
 
 
-def index(tasks: dict[str, Any]) -> str:
+def distilled(panel: dict[str, Any]) -> list[str]:
+    """Return the changes of top-1 of the models of `DISTILLED`."""
+    rows = {row.setting: row.mean for row in panel_tables.rows(panel, TOP1)}
+    return [panel_tables.points(rows[name]) for name in DISTILLED]
+
+
+def index(tasks: dict[str, Any]) -> Case:
     """Return how many nearest neighbours stay the same, with merging and with a smaller image."""
     found = {entry["setting"]: entry["neighbours"]["mean"] for entry in tasks["settings"]}
     merged, smaller = (percent(found[name]) for name in (DEFAULT_SETTING, TASK_SMALLER))
     ratios = times(tasks, BATCHES[0])
     return (
-        f"**For an index of features**, {merged} of the ten nearest neighbours of a photograph "
-        f"stay the same with the default, and {smaller} with a smaller image of {TASK_PIXELS} px "
-        f"(Flickr8k, {tasks['photographs']['flickr8k']['measured']:,} photographs; the two take "
-        f"{ratios[DEFAULT_SETTING]:.2f} and {ratios[TASK_SMALLER]:.2f} of the time). Embed the "
-        "index again, or check yours with `elip calibrate .. --task neighbours`."
+        "search by features",
+        "the default; embed the index again",
+        f"{merged} of the ten nearest neighbours stay the same, and {smaller} with a smaller image "
+        f"({ratios[DEFAULT_SETTING]:.2f} and {ratios[TASK_SMALLER]:.2f} of the time, "
+        f"{tasks['photographs']['flickr8k']['measured']:,} photographs)",
     )
-
-
-def bullets(results: Path) -> str:
-    """Return a line for each kind of use."""
-    tasks = read_object(results / "real" / "tasks_test.json")
-    panel, camvid = (read_object(results / "real" / f"{name}.json") for name in NAMES[:2])
-    finetuned, clip = (read_object(results / "real" / f"{name}.json") for name in STUDIES)
-    lines = [
-        against(panel, camvid),
-        index(tasks),
-        masks(camvid),
-        single_images(tasks, read_object(results / "intel-xeon-2-cores" / "bench.json")),
-        beside_tome(read_object(results / "official_tome.json")),
-        vision_language_models(results),
-        training(finetuned, clip),
-    ]
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def on_camvid(camvid: dict[str, Any], head: str = "dense") -> dict[str, str]:
@@ -134,20 +143,33 @@ def on_camvid(camvid: dict[str, Any], head: str = "dense") -> dict[str, str]:
     }
 
 
-def masks(camvid: dict[str, Any]) -> str:
-    """Return what masks cost at half of the time, beside a smaller image."""
+def masks(camvid: dict[str, Any]) -> list[Case]:
+    """Return what masks cost, and at half of the time, beside a smaller image."""
     ratios, changes = panel_tables.times(camvid, 8), on_camvid(camvid)
     fitted = on_camvid(camvid, "own")
     totals = {entry["setting"]: entry["totals"]["dense"] for entry in camvid["settings"]}
-    gap = panel_tables.points(difference_of_groups(totals[MASKS], totals[SMALLER_FRAME]))
-    return (
-        f"**Masks at about half the time**: `{MASKS.replace(' ', '` with `keep=')}` takes "
-        f"{ratios[MASKS].mean:.2f} of the time and changes mIoU by {changes[MASKS]}, a difference "
-        f"of {gap} from a smaller image that takes {ratios[SMALLER_FRAME].mean:.2f}. With a head "
-        f"that is fitted again it changes by {fitted[MASKS]}; a smaller image then needs only "
-        f"{ratios[SMALLEST_FRAME].mean:.2f} of the time for {fitted[SMALLEST_FRAME]}. [Depth, "
-        "boxes and poses](docs/dense.md) use the same features."
+    default, half = (
+        panel_tables.points(difference_of_groups(totals[ours], totals[other]))
+        for ours, other in (
+            (TABLE[DEFAULT_SETTING], TABLE[SMALLER]),
+            (MASKS, SMALLER_FRAME),
+        )
     )
+    return [
+        (
+            "masks, or [depth, boxes and poses](docs/dense.md) from the same features",
+            "the default",
+            f"{default} points of mIoU against a smaller image of about the same time",
+        ),
+        (
+            "masks at about half of the time",
+            f"`{MASKS.replace(' ', '` with `keep=')}`",
+            f"{ratios[MASKS].mean:.2f} of the time, and mIoU changes by {changes[MASKS]}: {half} "
+            f"against a smaller image. If the head is fitted again, {fitted[MASKS]}; a smaller "
+            f"image loses as much at {ratios[SMALLEST_FRAME].mean:.2f} of the time: "
+            f"{fitted[SMALLEST_FRAME]}",
+        ),
+    ]
 
 
 def times(tasks: dict[str, Any], batch: int, threads: int = THREADS) -> dict[str, float]:
@@ -164,65 +186,59 @@ def beside_tome(document: dict[str, Any]) -> str:
     both = [panel_tables.times(found, batch) for batch in BATCHES]
     batched, single = ((each[ours].mean, each[OFFICIAL].mean) for each in both)
     return (
-        f"**ToMe's [own code](https://github.com/facebookresearch/ToMe)** on a `{name}` with "
-        f"r={document['merged_per_block']} gives the same outputs as `tome` (to "
-        f"{found['largest_relative_difference']:.0e}). At batch {BATCHES[0]}, `tome` runs in "
-        f"{batched[0]:.2f} of the dense time and that code in {batched[1]:.2f}; for single images "
-        f"in {single[0]:.2f} and {single[1]:.2f}. That code supports models of timm, SWAG and MAE, "
-        "has published accuracy on ImageNet, and is licensed under CC BY-NC. "
-        "[EViT](https://github.com/youweiliang/evit) was made for fine-tuning; here it was not "
-        "fine-tuned."
+        f"**ToMe's [own code](https://github.com/facebookresearch/ToMe)** gives the same outputs "
+        f"as `tome` (`{name}`, r={document['merged_per_block']}, to "
+        f"{found['largest_relative_difference']:.0e}). `tome` runs in {batched[0]:.2f} of the "
+        f"dense time at batch {BATCHES[0]}, and that code in {batched[1]:.2f}; single images in "
+        f"{single[0]:.2f} and {single[1]:.2f}. That code has published accuracy on ImageNet, and "
+        "its licence is CC BY-NC. [EViT](https://github.com/youweiliang/evit) was made for "
+        "fine-tuning; here it was not fine-tuned."
     )
 
 
-def single_images(tasks: dict[str, Any], bench: dict[str, Any]) -> str:
+def single_images(tasks: dict[str, Any], bench: dict[str, Any]) -> Case:
     """Return what the default saves for one image at a time, in PyTorch and exported."""
-    merged, smaller = (
-        [
-            percent(1 - times(tasks, 1, threads)[name])
-            for threads in (1, THREADS)
-            for name in (DEFAULT_SETTING, TASK_SMALLER)
-        ][start::2]
-        for start in (0, 1)
-    )
+    merged, smaller = (times(tasks, 1)[name] for name in (DEFAULT_SETTING, TASK_SMALLER))
     exported = next(
         entry["extra_info"]["ratios"]
         for entry in bench["benchmarks"]
         if entry["extra_info"].get("runtime_threads") == THREADS
     )
     return (
-        f"**One image at a time** saves less in PyTorch: {merged[0]} of the time with one thread "
-        f"and {merged[1]} with two, where a smaller image of {TASK_PIXELS} px saves {smaller[0]} "
-        f"and {smaller[1]}. [Exported to ONNX](docs/serve.md), a ViT-S runs in "
-        f"{exported[DEFAULT_SETTING]:.2f} of the time with two threads, and with a smaller image "
-        f"in {exported[TASK_SMALLER]:.2f}."
+        "one image at a time",
+        "[ONNX](docs/serve.md), or a smaller image",
+        f"with two threads, the default takes {merged:.2f} of the time in PyTorch and "
+        f"{exported[DEFAULT_SETTING]:.2f} in ONNX Runtime, a smaller image {smaller:.2f} and "
+        f"{exported[TASK_SMALLER]:.2f}",
     )
 
 
-def vision_language_models(results: Path) -> str:
-    """Return what the prefill of a language model saves, and what small trained ones lose."""
-    bench = read_object(results / "vlm" / "amd-epyc-2-cores" / "bench.json")
-    prefill = next(
-        entry["extra_info"]
-        for entry in bench["benchmarks"]
-        if entry["name"] == f"test_vlm[{LANGUAGE_STRATEGY}-prefill]"
-    )
+def vision_language_models(results: Path) -> Case:
+    """Return what a served language model gains, and what small trained ones lose."""
     study = read_object(results / "vlm" / "study.json")
     seeds = {row["setting"]: row["by_seed"] for row in study["settings"]}
     arms = (f"{LANGUAGE_STRATEGY} {LANGUAGE_KEEP}", DENSE)
     reduced, dense = (dict(enumerate(seeds[arm])) for arm in arms)
     change = over_seeds(interval_over_seeds(reduced, dense))
-    saved = percent(1 - prefill["ratios"][str(LANGUAGE_KEEP)])
+    served, pages = (
+        [
+            f"{row['throughput'][0]:.1f}"
+            for row in read_object(results / "serving" / f"{name}-intel-xeon-2-cores.json")["rows"]
+        ]
+        for name in ("llava", "pages")
+    )
     return (
-        f"**Vision-language models**: with a quarter of the image tokens (`{LANGUAGE_STRATEGY}`), "
-        f"the prefill of a LLaVA takes {saved} less time ([random weights]"
-        "(docs/vlm.md#how-much-time-it-saves)). The accuracy of three tiny LLaVAs, trained on "
-        f"drawn scenes with all tokens, changed by {change} points ([study]"
-        "(docs/results.md#image-tokens-of-a-language-model))."
+        "LLaVA, Qwen-VL and others that answer questions",
+        f"[`{LANGUAGE_STRATEGY}`](docs/vlm.md) with `keep={LANGUAGE_KEEP}`, or "
+        "[`dedup`](docs/documents.md) for pages and screens; check the answers",
+        f"[vLLM](docs/vllm.md) answers {served[0]} times as many requests of one client and "
+        f"{served[1]} of four, with `dedup` {pages[0]} and {pages[1]} (random weights). Accuracy "
+        f"of three tiny LLaVAs with `{LANGUAGE_STRATEGY}`: {change} points ([study]"
+        "(docs/results.md#image-tokens-of-a-language-model))",
     )
 
 
-def training(finetuned: dict[str, Any], clip: dict[str, Any]) -> str:
+def training(finetuned: dict[str, Any], clip: dict[str, Any]) -> Case:
     """Return what training saves and may cost: fine-tuning, and a CLIP with half of the tokens."""
     values, arms = values_by_seed(finetuned), (DEFAULT_SETTING, f"resize {DEFAULT_KEEP}")
     dense = values[DENSE, DENSE, DENSE]["top1"]
@@ -233,20 +249,17 @@ def training(finetuned: dict[str, Any], clip: dict[str, Any]) -> str:
     saved = [percent(1 - finetuned["time"]["ratios"][arm]) for arm in arms]
     of_clip, clip_arms = values_by_seed(clip), [f"{name} {CLIP_KEEP}" for name in CLIP_ARMS]
     faster = [percent(1 - clip["time"]["ratios"][arm]) for arm in clip_arms]
-    (merged, smaller), (reduced, _) = (
-        [recalls_of(of_clip[arm, REDUCED, use], of_clip[DENSE, DENSE, DENSE]) for arm in clip_arms]
-        for use in (DENSE, REDUCED)
+    merged, smaller = (
+        recalls_of(of_clip[arm, REDUCED, DENSE], of_clip[DENSE, DENSE, DENSE]) for arm in clip_arms
     )
-    pixels = finetuned["settings"]["pixels"]
     return (
-        f"**Training** (small runs at {pixels} px, three seeds): [fine-tuning]"
-        f"(docs/results.md#fine-tuning-with-fewer-tokens) with the default takes {saved[0]} less "
-        f"time per step and changes top-1 by {changes[0]} points; a smaller image {saved[1]} and "
-        f"{changes[1]}. Fewer steps were not significantly different. A [CLIP]"
-        f"(docs/results.md#training-a-clip) trained on half of the image tokens takes {faster[0]} "
-        f"less time per step. Evaluated with all tokens, its R@5 changes by {merged} (text to "
-        f"image / image to text), with half of them by {reduced}; a smaller image takes "
-        f"{faster[1]} less, and changes it by {smaller} with all."
+        "training (small runs, three seeds)",
+        "fine-tuning: a smaller image; a CLIP: either",
+        f"[fine-tuning](docs/results.md#fine-tuning-with-fewer-tokens): a step takes {saved[1]} "
+        f"less time with a smaller image, {saved[0]} with the default; top-1 changes by "
+        f"{changes[1]} and {changes[0]}. [CLIP](docs/results.md#training-a-clip) with "
+        f"`keep={CLIP_KEEP}`: {faster[1]} and {faster[0]} less; R@5, later with all tokens, "
+        f"{smaller} and {merged}",
     )
 
 
@@ -323,7 +336,7 @@ def blocks() -> list[Block]:
     """Return the settings and the results."""
     panel, camvid, retrieval = (read_object(RESULTS / "real" / f"{name}.json") for name in NAMES)
     page = ROOT / "README.md"
-    results = f"{settings_table(panel, camvid, retrieval)}\n\n{bullets(RESULTS)}"
+    results = f"{settings_table(panel, camvid, retrieval)}\n\n{cases(RESULTS)}"
     return [Block(page, "headline", headline(panel)), Block(page, "results", results)]
 
 
