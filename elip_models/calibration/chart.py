@@ -1,6 +1,6 @@
-"""The chart of a report: the loss of each setting against its cost, in units of an SVG image.
+"""The chart of a report: what each setting changes against its cost, in units of an SVG image.
 
-`report.html.j2` draws it. Losses that are far above the tolerance are drawn at the upper edge, so
+`report.html.j2` draws it. Losses that are far beyond the tolerance are drawn at the lower edge, so
 that the differences that decide stay visible.
 """
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 24, 40  # margins
-LABEL_SPACE = 0.13  # below the lowest interval, of the height
+LABEL_SPACE = 0.13  # above the highest interval, of the height
 SHAPES = {  # SVG paths around 0, 0, by role
     "dense": "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0z",
     "tried": "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
@@ -24,7 +24,7 @@ SHAPES = {  # SVG paths around 0, 0, by role
     "distilled": "M0,-8L8,6H-8z",
 }
 BEYOND = 4
-"""The upper edge of the chart, in tolerances, unless a setting needs more that is not just tried
+"""The lower edge of the chart, in tolerances, unless a setting needs more that is not just tried
 or a control."""
 
 
@@ -32,12 +32,12 @@ class Mark(NamedTuple):
     """A setting in the chart.
 
     Attributes:
-        x, y: of the loss.
+        x, y: of the change.
         low, high: y of the ends of its interval.
         role: that of the setting.
         label: is drawn beside it, for dense and the choice; "" for others.
         title: is shown under the pointer.
-        is_beyond: the loss is above the chart.
+        is_beyond: the change is below the chart.
     """
 
     x: float
@@ -58,7 +58,7 @@ class Tick(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Marks and axes; `left_out` settings have no cost, `beyond` ones are above the chart."""
+    """Marks and axes; `left_out` settings have no cost, `beyond` ones are below the chart."""
 
     marks: list[Mark]
     x_ticks: list[Tick]
@@ -73,49 +73,49 @@ def shown_difference(results: "Results", setting: "Setting") -> Interval:
     return (setting.held_back or setting.differences)[results.decides]
 
 
-def loss_against_cost(results: "Results") -> Chart:
+def change_against_cost(results: "Results") -> Chart:
     """Return the chart of all settings that have a cost."""
     costs = [(results.cost(setting), setting) for setting in results.settings]
     points = [
-        (cost, -shown_difference(results, setting).mean, setting)
+        (cost, shown_difference(results, setting).mean, setting)
         for cost, setting in costs
         if cost is not None
     ]
     left = math.floor(20 * min((cost for cost, *_ in points), default=0.9) - 0.5) / 20
     right = max(1.03, *(cost + 0.03 for cost, *_ in points), 1.03)
-    apart = [loss for _, loss, setting in points if setting.role not in ("tried", "control")]
-    upper = max(BEYOND * results.tolerance, *(1.2 * loss for loss in apart), 0)
-    ends = [-shown_difference(results, setting).high for *_, setting in points]
-    lower = max(-upper / 2, min(-0.5 * results.tolerance, *ends, 0))
-    lower -= LABEL_SPACE * (upper - lower)
+    apart = [change for _, change, setting in points if setting.role not in ("tried", "control")]
+    lower = min(-BEYOND * results.tolerance, *(1.2 * change for change in apart), 0)
+    ends = [shown_difference(results, setting).high for *_, setting in points]
+    upper = min(-lower / 2, max(0.5 * results.tolerance, *ends, 0))
+    upper += LABEL_SPACE * (upper - lower)
 
     def x_of(cost: float) -> float:
         return round(LEFT + (cost - left) / (right - left) * (WIDTH - LEFT - RIGHT), 1)
 
-    def y_of(loss: float) -> float:
-        share = (min(max(loss, lower), upper) - lower) / (upper - lower)
+    def y_of(change: float) -> float:
+        share = (min(max(change, lower), upper) - lower) / (upper - lower)
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
     marks = [Mark(x_of(1), y_of(0), y_of(0), y_of(0), "dense", "dense", "dense", False)]
-    for cost, loss, setting in sorted(points, key=lambda point: point[2].role != "tried"):
+    for cost, change, setting in sorted(points, key=lambda point: point[2].role != "tried"):
         gap = shown_difference(results, setting)
         marks.append(
             Mark(
                 x_of(cost),
-                y_of(loss),
-                y_of(-gap.high),
-                y_of(-gap.low),
+                y_of(change),
+                y_of(gap.low),
+                y_of(gap.high),
                 setting.role,
                 setting.name if setting.role == "chosen" else "",
-                f"{setting.name}: {100 * loss:.1f} points at {cost:.2f}",
-                loss > upper,
+                f"{setting.name}: {100 * change:+.1f} points at {cost:.2f}",
+                change < lower,
             )
         )
     return Chart(
         marks,
         [Tick(x_of(value), f"{value:.2g}") for value in _ticks(left, right, 6)],
         [Tick(y_of(value), f"{100 * value:g}") for value in _ticks(lower, upper, 6)],
-        y_of(results.tolerance),
+        y_of(-results.tolerance),
         len(costs) - len(points),
         sum(mark.is_beyond for mark in marks),
     )

@@ -1,6 +1,6 @@
 """The report of a calibration as HTML and as Markdown, in the words of a practitioner.
 
-A loss is the dense measure minus the reduced one, in points: hundredths of the measure.
+A change is the reduced measure minus the dense one, in points: hundredths of the measure.
 """
 
 import base64
@@ -61,7 +61,7 @@ def _rendered(template: str, results: "Results") -> str:
         rows=rows(results, results.measures),
         legend=legend(results),
         method=method(results),
-        chart=chart.loss_against_cost(results),
+        chart=chart.change_against_cost(results),
         shapes=chart.SHAPES,
         size=chart,
         cost=cost_name(results),
@@ -83,14 +83,14 @@ def points(share: float) -> str:
     return f"{100 * share:g} point{'' if share == 0.01 else 's'}"
 
 
-def loss(gap: Interval) -> Interval:
-    """Return what is lost by a difference from dense."""
-    return Interval(-gap.mean, -gap.high, -gap.low)
-
-
 def interval(shares: Interval) -> str:
     """Return "0.4 (-0.3 to 1.1)", in points."""
     return f"{number(shares.mean)} ({number(shares.low)} to {number(shares.high)})"
+
+
+def change(difference: Interval) -> str:
+    """Return "+0.4 (-0.3 to 1.1)", in points."""
+    return f"{'+' if difference.mean > 0 else ''}{interval(difference)}"
 
 
 def cost_name(results: "Results") -> str:
@@ -102,12 +102,12 @@ def cost_name(results: "Results") -> str:
 
 
 def columns(results: "Results", measures: Sequence[str]) -> list[str]:
-    """Return the heads of the table with the losses of some measures on the images held back."""
+    """Return the heads of the table, with the changes of some measures on the images held back."""
     times = [f"time, batch {key}" for key in _time_keys(results)]
     memory = ["memory"] if _has_memory(results) else []
-    losses = [f"{results.decides} loss, choosing"]
-    losses += [f"{name} loss, held back" for name in measures]
-    return ["setting", "role", "FLOPs", "tokens", *times, *memory, *losses, "within"]
+    changes = [f"change of {results.decides}, choosing"]
+    changes += [f"change of {name}, held back" for name in measures]
+    return ["setting", "role", "FLOPs", "tokens", *times, *memory, *changes, "within"]
 
 
 def rows(results: "Results", measures: Sequence[str]) -> list[Row]:
@@ -122,16 +122,16 @@ def rows(results: "Results", measures: Sequence[str]) -> list[Row]:
         return setting.held_back is None, -(setting.flops if cost is None else cost)
 
     keys, has_memory = _time_keys(results), _has_memory(results)
-    costs, losses = ["1.00"] * (2 + len(keys) + has_memory), ["0"] * (1 + len(measures))
-    lines = [Row("dense", ["dense", "", *costs, *losses, ""])]
+    costs, changes = ["1.00"] * (2 + len(keys) + has_memory), ["0"] * (1 + len(measures))
+    lines = [Row("dense", ["dense", "", *costs, *changes, ""])]
     for setting in sorted(results.settings, key=position):
         held_back = setting.held_back or {}
         cells = [setting.name, "" if setting.role == "tried" else setting.role]
         cells += [f"{setting.flops:.2f}", f"{setting.kept:.2f}"]
         cells += [_share(setting.time.get(key)) for key in keys]
         cells += [_share(setting.memory)] if has_memory else []
-        cells.append(interval(loss(setting.differences[results.decides])))
-        cells += [interval(loss(held_back[name])) if name in held_back else "" for name in measures]
+        cells.append(change(setting.differences[results.decides]))
+        cells += [change(held_back[name]) if name in held_back else "" for name in measures]
         gap = chart.shown_difference(results, setting)
         cells.append("yes" if is_within(gap, results.tolerance) else "no")
         lines.append(Row(setting.role, cells))
@@ -158,12 +158,12 @@ def meaning(results: "Results") -> list[str]:
     tolerance, chosen, decides = points(results.tolerance), results.chosen, results.decides
     said = []
     if results.usable:
-        worst = number(-chosen.held_back[decides].low)
+        lower = number(chosen.held_back[decides].low)
         said += [
             'You can use this setting: `elip_models.reduce_(model, "best.json")`.',
-            f"The worse end of the interval, {worst} points, is below the tolerance of "
-            f"{tolerance}. A setting that loses {tolerance} or more passes this test with a "
-            "probability of at most 2.5%.",
+            f"The lower end of the interval, {lower} points, is above the limit, -{tolerance}. A "
+            f"setting that loses {tolerance} or more passes this test with a probability of at "
+            "most 2.5%.",
         ]
     elif chosen is not None and not results.saves_time:
         said.append(
@@ -172,8 +172,9 @@ def meaning(results: "Results") -> list[str]:
         )
     elif chosen is not None:
         said.append(
-            "Do not rely on this setting yet. On the images that chose it, it lost "
-            f"{interval(loss(chosen.differences[decides]))} points, which is within {tolerance}. "
+            "Do not rely on this setting yet. On the images that chose it, it changed "
+            f"{decides} by {change(chosen.differences[decides])} points, which is within "
+            f"{tolerance}. "
             "The best of many settings is often a lucky one, so only the images held back count. "
             "`best.json` was not written."
         )
@@ -190,12 +191,12 @@ def meaning(results: "Results") -> list[str]:
             continue
         where = "" if cost is None else f" at {cost:.2f} of the {cost_name(results)}"
         said.append(
-            f"{NOT_CHOSEN[setting.role]} `{setting.name}`{where} loses {interval(loss(gap))} "
-            "points on the same images held back."
+            f"{NOT_CHOSEN[setting.role]} `{setting.name}`{where} changes {decides} by "
+            f"{change(gap)} points on the same images held back."
         )
     said.append(
-        f"A point is a hundredth of {decides}. Numbers in brackets are a 95% confidence interval. "
-        "A negative loss is a gain."
+        f"A point is a hundredth of {decides}, and a negative change is a loss. Numbers in "
+        "brackets are a 95% confidence interval."
     )
     return said
 
@@ -212,8 +213,8 @@ def method(results: "Results") -> list[str]:
         "If images have classes, both parts have the same share of each class.",
         f"{tried} settings were measured on the images that choose.",
         "Each setting was compared with the dense model image by image.",
-        f"A setting is within the tolerance if the upper end of the 95% interval of its loss is "
-        f"below {tolerance}.",
+        f"A setting is within the tolerance if the lower end of the 95% interval of its change "
+        f"is above -{tolerance}.",
         "Settings within the tolerance were timed side by side with the dense model, in "
         "interleaved rounds after a warm-up.",
         "The fastest of them, at most three, were tested on the images held back, the slowest "

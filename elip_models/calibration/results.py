@@ -146,12 +146,12 @@ class Results:
                 return "No strategy can reduce this model."
             return (
                 f"No setting was shown to lose less than {tolerance}. The nearest is "
-                f"`{self.nearest.name}`, which {self._loss(self.nearest.differences)} on the "
+                f"`{self.nearest.name}`, which {self._change(self.nearest.differences)} on the "
                 f"{self.counts['chosen_on']} images that choose.{self._need(count)}"
             )
         result = (
             f"`{self.chosen.name}` takes {self._cost(self.chosen)} and "
-            f"{self._loss(self.chosen.held_back)} on {self.counts['held_back']} images held back."
+            f"{self._change(self.chosen.held_back)} on {self.counts['held_back']} images held back."
         )
         if not self.saves_time:
             return f"No setting within {tolerance} saves time on this machine. {result}"
@@ -166,16 +166,10 @@ class Results:
         of = f"{step} time" if step else "time"
         return f"{self.cost(setting):.2f} of the {of} at batch {batch_size}"
 
-    def _loss(self, differences: dict[str, Interval]) -> str:
-        """Return "loses 0.4 points of top-1 (-0.3 to 1.1)", or what it gains."""
-        gap = differences[self.decides]
-        gains = gap.mean > 0
-        shown = gap if gains else report.loss(gap)
-        ends = report.interval(shown).partition(" ")[2]
-        return (
-            f"{'gains' if gains else 'loses'} {report.number(shown.mean)} points of "
-            f"{self.decides} {ends}"
-        )
+    def _change(self, differences: dict[str, Interval]) -> str:
+        """Return "changes top-1 by -0.4 points (-1.1 to 0.3)"."""
+        mean, ends = report.change(differences[self.decides]).split(" ", 1)
+        return f"changes {self.decides} by {mean} points {ends}"
 
     def _need(self, count: int) -> str:
         if self.needed is None:
@@ -183,7 +177,7 @@ class Results:
         return f" About {self.needed:,} images in all would show it, instead of {count:,}."
 
     def table(self) -> str:
-        """Return the settings as lines of text; losses are in points, with 95% intervals."""
+        """Return the settings as lines of text; changes are in points, with 95% intervals."""
         shown = (self.decides,)
         cells = [report.columns(self, shown), *(row.cells for row in report.rows(self, shown))]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from elip_models.calibration import report
+from elip_models.calibration import chart, report
 from elip_models.calibration.report import html, markdown
 from elip_models.calibration.results import BEST, JSON, Results, Setting, Worst
 from elip_models.intervals import Interval
@@ -118,12 +118,12 @@ def test_a_file_that_has_no_results_is_an_error(tmp_path):
             Results.read(tmp_path / JSON)
 
 
-def test_the_sentence_has_time_loss_interval_and_images():
+def test_the_sentence_has_time_change_interval_and_images():
     assert made().sentence() == (
-        "`merge 0.7` takes 0.69 of the time at batch 8 and loses 0.4 points of top-1 (-0.3 to 1.1) "
-        "on 500 images held back."
+        "`merge 0.7` takes 0.69 of the time at batch 8 and changes top-1 by -0.4 points "
+        "(-1.1 to 0.3) on 500 images held back."
     )
-    assert "gains 0.3 points of top-1 (-0.4 to 1.0)" in made(held_back=-0.003).sentence()
+    assert "changes top-1 by +0.3 points (-0.4 to 1.0)" in made(held_back=-0.003).sentence()
 
 
 def test_a_choice_that_is_not_confirmed_names_the_images_needed():
@@ -138,13 +138,14 @@ def test_a_choice_that_is_not_confirmed_names_the_images_needed():
 def test_a_faster_setting_that_failed_is_named():
     failed = setting("merge 0.5", 0.5, 0.01, held_back=0.02)
     results = replace(made(), settings=(*made().settings, failed))
-    assert "Not confirmed: `merge 0.5` at 0.50 of the time at batch 8 loses 2.0" in markdown(
-        results
-    )
+    text = "Not confirmed: `merge 0.5` at 0.50 of the time at batch 8 changes top-1 by -2.0"
+    assert text in markdown(results)
 
 
 def test_no_choice_names_the_nearest_setting():
-    assert "The nearest is `merge 0.7`, which loses 0.2 points" in ALL["none"].sentence()
+    assert (
+        "The nearest is `merge 0.7`, which changes top-1 by -0.2 points" in ALL["none"].sentence()
+    )
     assert ALL["refused"].sentence() == "No strategy can reduce this model."
 
 
@@ -235,15 +236,25 @@ def test_the_chart_has_each_cost_and_says_what_it_leaves_out():
 
 def test_without_a_choice_the_chart_has_all_settings_against_their_flops():
     page = Page(html(ALL["none"]))
-    assert "Loss against FLOPs" in page.text and "Not in the chart" not in page.text
+    assert "Change against FLOPs" in page.text and "Not in the chart" not in page.text
 
 
-def test_losses_far_above_the_tolerance_are_drawn_at_the_edge():
+def test_losses_far_beyond_the_tolerance_are_drawn_at_the_edge():
     results = made()
     far = setting("tome 0.3", 0.5, 0.4)
     page = Page(html(replace(results, settings=(*results.settings, far))))
-    assert "Triangles at the upper edge: 1 with a larger loss" in page.text
+    assert "Triangles at the lower edge: 1 with a larger loss" in page.text
     assert "Triangles" not in html(results)
+
+
+def test_every_number_of_a_report_has_the_sign_of_a_change():
+    results = made()
+    text = markdown(results)
+    assert "The lower end of the interval, -1.1 points, is above the limit, -1.5 points." in text
+    assert "The control `resize 0.7` at 0.70 of the time at batch 8 changes top-1 by -3.1" in text
+    drawn = chart.change_against_cost(results)
+    below = {mark.title: mark.y > drawn.tolerance for mark in drawn.marks if mark.title != "dense"}
+    assert below["resize 0.7: -3.1 points at 0.70"] and not below["merge 0.7: -0.4 points at 0.69"]
 
 
 def test_small_losses_keep_a_digit():
