@@ -312,9 +312,10 @@ def camvid() -> str:
     document = read_object(CAMVID)
     return (
         f"CamVid, {document['model']}: mIoU in points minus that of the dense model "
-        f"({100 * document['dense']['own']:.1f}), with 95% intervals, by a linear head that is "
-        "fitted again and by that of dense features. Times are relative to dense and include "
-        "whole grids of the last block. `dense@294` is a smaller image, 294 pixels high.\n\n"
+        f"({100 * document['dense']['own']:.1f}), with 95% intervals. The kept "
+        "head was fitted on dense features, the refitted one on those of the setting; both are "
+        "linear. Times are relative to dense and include whole grids of the last block. Pixels are "
+        "the height of the image.\n\n"
         f"{camvid_table(document)}"
     )
 

@@ -15,16 +15,20 @@ from benchmarks.tables import table
 from elip_models.intervals import Interval, paired_interval
 from elip_models.profiling.measure import NO_GAIN
 
-TITLES = {TOP1: "probe of dense features", OWN: "own probe", KNN: "nearest neighbours"}
+TITLES = {TOP1: "kept classifiers", OWN: "refitted classifiers", KNN: "nearest neighbours"}
+HEADS = {"dense": "kept head", "own": "refitted head"}
+"""Of CamVid, by the key of its results."""
 RECALL_TITLES = dict(zip(RECALLS, ("text R@1", "text R@5", "image R@1", "image R@5"), strict=True))
 EQUAL_TIME = 0.05
 """Largest difference of the times, relative to dense, of two settings that are contrasted."""
 BATCH, SINGLE = 8, 1
 DISTILLED = {
-    "distilled_resize_merge": "`resize_merge 0.5`, distilled",
-    "distilled_resize": "`resize:size=168`, distilled",
+    "distilled_resize_merge": "resize_merge 0.5",
+    "distilled_resize": "resize:size=168",
 }
-"""Folder of a model that `elip distill` wrote, by which results name it: its row in tables."""
+"""Folder of a model that `elip distill` wrote, by which results name it: what it was trained as."""
+RESIZE, DENSE_AT = "resize:size=", "dense@"
+"""How the names of settings that are a smaller image begin, on the panel and on CamVid."""
 
 Document = dict[str, Any]
 
@@ -117,8 +121,18 @@ def widest_time(document: Document) -> float:
 
 
 def title(setting: str) -> str:
-    """Return a setting as a cell of a table."""
-    return DISTILLED.get(setting, f"`{setting}`")
+    """Return a setting as a cell of a table: `merge 0.7`, or 'smaller image, 196 px'."""
+    if setting in DISTILLED:
+        return f"{title(DISTILLED[setting])}, distilled"
+    if is_smaller_image(setting):
+        return f"smaller image, {setting.removeprefix(RESIZE).removeprefix(DENSE_AT)} px"
+    strategy, _, pixels = setting.partition("@")
+    return f"`{strategy}`, {pixels} px" if pixels else f"`{setting}`"
+
+
+def is_smaller_image(setting: str) -> bool:
+    """Return whether a setting is the dense model on a smaller image, distilled or not."""
+    return DISTILLED.get(setting, setting).startswith((RESIZE, DENSE_AT))
 
 
 def time_text(document: Document, setting: str, batch: int) -> str:
@@ -145,6 +159,47 @@ def sets_table(panel: Document) -> str:
     ]
     header = ["set", "classes", "measured", "files", "licence", "dense probe", "dense k-NN"]
     return table(header, cells, left=2)
+
+
+def means_table(panel: Document) -> str:
+    """Return a row for each setting: its times, means of the sets, and the worst set.
+
+    The last column is the setting minus the smaller image of the nearest time, distilled if the
+    setting was, with kept classifiers.
+    """
+    ratios = times(panel, BATCH)
+    found = {measure: {row.setting: row for row in rows(panel, measure)} for measure in TITLES}
+    contrasted = {(left, right): mean for left, right, _, mean in contrasts(panel, TOP1)}
+    contrasted |= {(right, left): negative(mean) for (left, right), mean in contrasted.items()}
+    cells = []
+    for name, row in found[TOP1].items():
+        rivals = [
+            other
+            for setting, other in contrasted
+            if setting == name
+            and is_smaller_image(other)
+            and not is_smaller_image(name)
+            and (other in DISTILLED) == (name in DISTILLED)
+        ]
+        nearest = min(
+            rivals, key=lambda other: abs(ratios[name].mean - ratios[other].mean), default=None
+        )
+        cells.append(
+            [
+                title(name),
+                *(time_text(panel, name, batch) for batch in (BATCH, SINGLE)),
+                *(points(found[measure][name].mean) for measure in TITLES),
+                f"{points(row.sets[row.worst]).partition(' ')[0]} ({row.worst})",
+                "" if nearest is None else points(contrasted[name, nearest]),
+            ]
+        )
+    header = ["setting", "batch 8", "batch 1", *TITLES.values(), "worst set, kept"]
+    return table([*header, "minus a smaller image, kept"], cells, left=1)
+
+
+def negative(interval: Interval) -> Interval:
+    """Return the interval of the difference the other way round."""
+    return Interval(-interval.mean, -interval.high, -interval.low)
 
 
 def panel_table(panel: Document, measure: str) -> str:
@@ -190,20 +245,22 @@ def contrasts(
 
 
 def contrasts_table(panel: Document) -> str:
-    """Return `contrasts` as a table."""
+    """Return `contrasts` as a table, with sets by refitted classifiers."""
+    kept = {(left, right): mean for left, right, _, mean in contrasts(panel, TOP1)}
     cells = []
-    for left, right, sets, mean in contrasts(panel):
+    for left, right, sets, mean in contrasts(panel, OWN):
         better = [name for name, each in sets.items() if each.low > 0]
         worse = [name for name, each in sets.items() if each.high < 0]
         cells.append(
             [
                 f"{title(left)} − {title(right)}",
+                points(kept[left, right]),
                 points(mean),
                 ", ".join(better) or "none",
                 ", ".join(worse) or "none",
             ]
         )
-    header = ["contrast", "mean of the sets", "better on", "worse on"]
+    header = ["contrast", "kept", "refitted", "refitted, better on", "worse on"]
     return table(header, cells, left=1)
 
 
@@ -216,38 +273,36 @@ def camvid_table(camvid: Document) -> str:
             [
                 title(entry["setting"]),
                 *(time_text(camvid, entry["setting"], batch) for batch in (BATCH, SINGLE)),
-                *(points(interval_of(gaps[head])) for head in ("own", "dense")),
+                *(points(interval_of(gaps[head])) for head in HEADS),
                 points(interval_of(entry["validation"]["dense"])),
             ]
         )
-    header = ["setting", "batch 8", "batch 1", "own head", "head of dense features"]
-    header.append("the same, validation frames")
+    header = ["setting", "batch 8", "batch 1", *HEADS.values(), "kept head, validation frames"]
     return table(header, cells, left=1)
 
 
 def camvid_contrasts_table(camvid: Document) -> str:
     """Return settings minus smaller images of about the same time, by both heads."""
     ratios, totals = times(camvid, BATCH), {e["setting"]: e["totals"] for e in camvid["settings"]}
-    smaller = [name for name in totals if name.startswith("dense@")]
+    smaller = [name for name in totals if is_smaller_image(name)]
     cells = [
         [
             f"{title(name)} − {title(other)}",
             f"{ratios[name].mean:.2f}, {ratios[other].mean:.2f}",
             *(
                 points(difference_of_groups(totals[name][head], totals[other][head]))
-                for head in ("own", "dense")
+                for head in HEADS
             ),
         ]
         for name in totals
         for other in smaller
         if name not in smaller and abs(ratios[name].mean - ratios[other].mean) <= EQUAL_TIME
     ]
-    header = ["contrast", "times", "own head", "head of dense features"]
-    return table(header, cells, left=1)
+    return table(["contrast", "times", *HEADS.values()], cells, left=1)
 
 
 def retrieval_table(retrieval: Document) -> str:
-    """Return a row for each setting: the difference of each recall, by own maps and dense ones."""
+    """Return a row for each setting: the difference of each recall, by refitted and kept maps."""
     cells = [
         [
             title(entry["setting"]),
@@ -256,8 +311,9 @@ def retrieval_table(retrieval: Document) -> str:
         ]
         for entry in retrieval["settings"]
     ]
-    dense = (f"{RECALL_TITLES[name]}, maps of dense features" for name in RECALLS[1::2])
-    return table(["setting", *RECALL_TITLES.values(), *dense], cells, left=1)
+    refitted = (f"{title}, refitted" for title in RECALL_TITLES.values())
+    kept = (f"{RECALL_TITLES[name]}, kept" for name in RECALLS[1::2])
+    return table(["setting", *refitted, *kept], cells, left=1)
 
 
 def recall_text(entry: Document, maps: str, name: str) -> str:
@@ -312,5 +368,5 @@ def calibrated_table(calibrated: Document) -> str:
                 *judged,
             ]
         )
-    header = ["set", "choice", "time", "on the 500 held back", "on the judges", "own probe"]
+    header = ["set", "choice", "time", "on the 500 held back", "on the judges", "refitted"]
     return table(header, cells, left=2)
