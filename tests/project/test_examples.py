@@ -123,7 +123,7 @@ def test_the_notebook_of_calibrate_shows_table_and_report(tmp_path):
     text, shown = outputs_of(
         "calibrate", MODEL=f"timm:local-dir:{tmp_path / 'vit'}", TOLERANCE=1.0, MINUTES=0
     )
-    assert re.search(r"^setting +role +FLOPs .*top-1 loss.*\ndense +1.00 ", text, re.MULTILINE)
+    assert re.search(r"^setting +role +FLOPs .*change of top-1.*\ndense +1.00 ", text, re.MULTILINE)
     assert "on 12 images held back" in text
     assert "tokens per layer" in text or "No setting was confirmed" in text  # by the times
     (report,) = (data["text/html"] for data in shown if "text/html" in data)
