@@ -99,8 +99,9 @@ class DenseMethod:
     """A replacement of a method that returns the tokens of several blocks, as whole grids.
 
     timm and open_clip have `forward_intermediates`. In its call, every block takes and returns all
-    tokens of block 0 (`elip_kernels.unmerge`): each patch has the token that it was merged into, or
-    zeros if it was dropped. A block computes on one copy of each token, as in any other call.
+    tokens of block 0 (`elip_kernels.unmerge`). A merged patch keeps its own values and changes as
+    its token does, and a dropped patch does not change (`strategies/token_assignment.py`). A block
+    computes on one copy of each token, as in any other call.
 
     replaced: the method that another library or the user had put on the model, or None.
     """

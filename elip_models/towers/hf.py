@@ -123,7 +123,7 @@ class HFTower(HFPositions):
         return image_stats_of(self.model)
 
     def refuses_dropping(self) -> str | None:
-        """Return why no patch may be dropped; a model that reads single layers has zeros there."""
+        """Return why no patch may be dropped; a model that reads whole layers allows it."""
         return None if self.reads_layers else self.needs_grid
 
     def refuses_resizing(self) -> str | None:
