@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 
-from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, ON_GPU
+from benchmarks.cases import DEVICE, DTYPE_NAMES, MAIN_DTYPE, ON_GPU, OTHER_DTYPE
 from benchmarks.parity import check_errors, relative_error
 from elip_models.engine.forward_state import ForwardState
 from elip_models.profiling.runner import DENSE, count, in_mode, measure
@@ -22,22 +22,25 @@ from elip_models.strategies.flops import training_ratio
 from elip_models.strategies.schedule import PAPER
 from elip_models.towers import as_tower
 
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 BASE, SMALL, TINY = (f"vit_{size}_patch16_224" for size in ("base", "small", "tiny"))
 
 
 def steps(scale):
-    """Return mode and batch size of each case, as 'training-B2'."""
+    """Return mode, batch size and dtype of each case, as 'training-B2-fp32'."""
+    main, other = DTYPE_NAMES[MAIN_DTYPE], DTYPE_NAMES[OTHER_DTYPE]
     if scale == "full":
-        batches = 1, 64 if ON_GPU else 8
-        return [f"{mode}-B{B}" for mode in ("training", "inference") for B in batches]
-    return ["training-B2", "inference-B1"]
+        one, many = 1, 64 if ON_GPU else 8
+        cases = [f"{mode}-B{B}-{main}" for mode in ("training", "inference") for B in (one, many)]
+        return [*cases, f"inference-B{many}-{other}"]
+    return [f"training-B2-{main}", f"inference-B1-{main}"]
 
 
-def created(scale):
+def created(scale, dtype):
     """Create the tower of a scale in the timed dtype."""
     name, size = (TINY, 96) if scale == "smallest" else (BASE if ON_GPU else SMALL, 224)
     model = timm.create_model(name, img_size=size, num_classes=0)
-    return name, model.to(DEVICE, MAIN_DTYPE).eval()
+    return name, model.to(DEVICE, dtype).eval()
 
 
 def strategies_at_equal_flops(tower):
@@ -84,12 +87,13 @@ def compare_with_fp64(model, strategies):
 
 @pytest.mark.cases(case=steps)
 def test_strategies(record, rounds, scale, case):
-    mode, _, batch = case.partition("-B")
-    name, model = created(scale)
+    mode, batch, dtype_name = case.split("-")
+    batch = int(batch.removeprefix("B"))
+    name, model = created(scale, DTYPES[dtype_name])
     strategies, share = strategies_at_equal_flops(as_tower(model))
     checked = compare_with_fp64(model, strategies)
     every = {DENSE: None, **strategies}
-    workload = Workload(model, int(batch))
+    workload = Workload(model, batch)
     measured = measure(workload, every, mode, rounds=rounds)
     flops = {name: sum(each) for name, each in count(workload, every, mode).items()}
     with in_mode(workload, mode):
@@ -104,7 +108,7 @@ def test_strategies(record, rounds, scale, case):
             strategy_flops={name: each / flops[DENSE] for name, each in flops.items()},
             share=share,
             memory={name: each.memory for name, each in measured.items()},
-            shape={"B": int(batch), "image": workload.tower.image_size[0]},
-            dtype=DTYPE_NAMES[MAIN_DTYPE],
+            shape={"B": batch, "image": workload.tower.image_size[0]},
+            dtype=dtype_name,
             parity=checked,
         )

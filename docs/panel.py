@@ -100,8 +100,7 @@ def sets_block(panel: dict[str, Any]) -> str:
 def calibrated_block(documents: Sequence[dict[str, Any]]) -> str:
     """Return what `calibrate` chose on a user's photographs, and what others say of the choice."""
     calibrated = documents[0]
-    sets = {name: found for each in documents for name, found in each["sets"].items()}
-    first, *_ = sets.values()
+    first, *_ = calibrated["sets"].values()
     return "\n\n".join(
         [
             f"`calibrate` with a tolerance of {100 * calibrated['tolerance']:.0f} points and the "
@@ -109,7 +108,7 @@ def calibrated_block(documents: Sequence[dict[str, Any]]) -> str:
             "of a set that the panel does not measure. The judges are the panel's photographs of "
             f"the set, {first['judged_on']:,} or more, classified by probes of the same "
             f"{first['calibrated_on']:,}. Points of top-1 with 95% intervals.",
-            calibrated_table({"sets": sets}),
+            calibrated_table(documents),
             *map(measured_on, documents),
         ]
     )

@@ -72,10 +72,10 @@ def headline(panel: dict[str, Any], camvid: dict[str, Any]) -> str:
     header = ["", "time", "the default", "a smaller image of about this time", "difference"]
     return (
         f"**{1 / frames:.1f} to {1 / batches:.1f} times as fast in batches, without training, with "
-        "your classifier or head as it is.** A DINOv2 ViT-S/14 with batches of 8 on one CPU thread "
-        "(no GPU yet): time relative to dense, and changes in points with 95% intervals. Merging "
-        "is better than a smaller image for features of every patch; for one feature of each image "
-        "they do not differ significantly.\n\n" + table(header, rows, left=1)
+        "your classifier or head as it is.** A DINOv2 ViT-S/14 in float32 with batches of 8 on one "
+        "CPU thread (no GPU yet): time relative to dense, and changes in points with 95% "
+        "intervals. Merging is better than a smaller image for features of every patch; for one "
+        "feature of each image they do not differ significantly.\n\n" + table(header, rows, left=1)
     )
 
 

@@ -350,10 +350,15 @@ def interval_of(found: Document) -> Interval:
     return Interval(*(found[end] for end in Interval._fields))
 
 
-def calibrated_table(calibrated: Document) -> str:
-    """Return a row for each set: what `calibrate` chose and promised, and what other images say."""
+def calibrated_table(documents: Sequence[Document]) -> str:
+    """Return a row for each draw of photographs: the choice, its promise, and the judges."""
     cells = []
-    for name, found in calibrated["sets"].items():
+    draws = (
+        (f"{name}, seed {each['seed']}, {each['dtype']}", found)
+        for each in documents
+        for name, found in each["sets"].items()
+    )
+    for name, found in draws:
         if found["chosen"] is None:
             cells.append([name, "none", "", "", "", ""])
             continue
@@ -368,5 +373,5 @@ def calibrated_table(calibrated: Document) -> str:
                 *judged,
             ]
         )
-    header = ["set", "choice", "time", "on the 500 held back", "on the judges", "refitted"]
+    header = ["photographs", "choice", "time", "on the 500 held back", "on the judges", "refitted"]
     return table(header, cells, left=2)
