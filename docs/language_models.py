@@ -105,7 +105,7 @@ def page() -> str:
             "",
             "## Reasons",
             "",
-            "Some depend on the config: `elip_models.list_strategies(model)` answers for yours.",
+            "Some depend on the config: call `elip_models.list_strategies(model)` for your model.",
             "",
             *(f"{i}. {note[0].upper()}{note[1:]}." for i, note in enumerate(notes, 1)),
             "",

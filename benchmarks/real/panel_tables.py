@@ -360,9 +360,9 @@ def calibrated_table(documents: Sequence[Document]) -> str:
     )
     for name, found in draws:
         if found["chosen"] is None:
-            cells.append([name, "none", "", "", "", ""])
+            cells.append([name, "none", "", "", "", "", ""])
             continue
-        judged = (points(interval_of(found["judged"][measure])) for measure in (TOP1, OWN))
+        judged = (points(interval_of(found["judged"][measure])) for measure in TITLES)
         cells.append(
             [
                 name,
@@ -373,5 +373,6 @@ def calibrated_table(documents: Sequence[Document]) -> str:
                 *judged,
             ]
         )
-    header = ["photographs", "choice", "time", "on the 500 held back", "on the judges", "refitted"]
+    judges = ["on the judges", "refitted", "nearest neighbours"]
+    header = ["photographs", "choice", "time", "on the 500 held back", *judges]
     return table(header, cells, left=2)
